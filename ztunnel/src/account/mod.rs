@@ -1,0 +1,1 @@
+//! Each connection recorded once: counters and the access line.

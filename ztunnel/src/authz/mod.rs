@@ -1,0 +1,1 @@
+//! Policies and a flow in, a permit or a refusal out; pure.

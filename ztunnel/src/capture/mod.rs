@@ -1,0 +1,1 @@
+//! The kernel: sole importer of aya and nix.

@@ -1,0 +1,1 @@
+//! Graceful, then forced, with a deadline.

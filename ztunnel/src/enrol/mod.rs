@@ -1,0 +1,1 @@
+//! Pods come and go.

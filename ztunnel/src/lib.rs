@@ -1,0 +1,28 @@
+//! The house. A connection walks through five rooms, always the same way:
+//! **capture → resolve → authorise → tunnel → account**. Modules stand in floor order; a room
+//! imports only from floors below it (`cargo xtask floors`), and ARCHITECTURE.md draws it.
+
+// Floor 1: values.
+pub mod model;
+// Floor 2: pure rooms.
+pub mod authz;
+pub mod resolve;
+pub mod wire;
+// Floor 3.
+pub mod drain;
+// Floor 4: devices.
+pub mod account;
+pub mod capture;
+pub mod identity;
+// Floor 5.
+pub mod control;
+pub mod enrol;
+pub mod tunnel;
+// Floor 6: the two walks, and plaintext.
+pub mod inbound;
+pub mod outbound;
+pub mod passthrough;
+// Floor 7: the process.
+pub mod admin;
+pub mod app;
+pub mod config;

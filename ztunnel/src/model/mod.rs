@@ -1,0 +1,1 @@
+//! Values: constructing one is validating it.

@@ -1,0 +1,1 @@
+//! Inbound that is not HBONE.

@@ -1,0 +1,1 @@
+//! A snapshot and a query in, a route out; pure.

@@ -1,0 +1,1 @@
+//! HBONE: pool, client, server, stream, relay.
