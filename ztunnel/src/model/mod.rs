@@ -1,1 +1,30 @@
-//! Values: constructing one is validating it.
+//! The values that pass between the rooms: constructing one is validating it. Takes parts, gives
+//! values that cannot be wrong; never does I/O, reads a clock or logs.
+#![warn(clippy::wildcard_enum_match_arm, missing_docs)]
+
+mod addr;
+mod flow;
+mod identity;
+mod policy;
+mod reason;
+mod service;
+mod workload;
+
+pub use addr::{
+    AppAddr, ClientAddr, InvalidNetworkAddr, ListenAddr, NetworkAddr, OrigDst, UpstreamAddr,
+    canonical,
+};
+pub use flow::{Direction, Flow, Meter, SecurityPolicy};
+pub use identity::{InvalidSpiffeId, SpiffeId, TrustDomain};
+pub use policy::{
+    Action, Clause, Match, Policy, PolicyKey, Rule, Scope, ServiceAccountMatch, StringMatch,
+};
+pub use reason::{LogLevel, Reason, ToReason};
+pub use service::{
+    Endpoint, HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, PortMap, RoutingScope,
+    Service, Visibility, WeightedWaypoint,
+};
+pub use workload::{
+    AppProtocol, ApplicationTunnel, GatewayAddress, GatewayDestination, Health, InvalidName,
+    Locality, NamespacedHostname, NetworkMode, PodRef, Protocol, Workload, WorkloadUid,
+};

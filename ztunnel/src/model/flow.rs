@@ -1,0 +1,81 @@
+//! A connection as the judging rooms see it: who, to whom, which way. Takes proven facts, gives
+//! one value; never guesses a missing one.
+
+use std::fmt;
+
+use super::addr::{ClientAddr, OrigDst};
+use super::identity::SpiffeId;
+
+/// Which way a connection crosses the edge of a pod of this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Direction {
+    /// Entering the pod; this node reports as destination.
+    Inbound,
+    /// Leaving the pod; this node reports as source.
+    Outbound,
+}
+
+impl Direction {
+    /// The word of the access line.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Outbound => "outbound",
+        }
+    }
+
+    /// The value of the metric label `reporter`.
+    #[must_use]
+    pub const fn reporter(self) -> &'static str {
+        match self {
+            Self::Inbound => "destination",
+            Self::Outbound => "source",
+        }
+    }
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// How the bytes cross the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum SecurityPolicy {
+    /// In mutual TLS.
+    MutualTls,
+    /// In the clear, or not known.
+    Unknown,
+}
+
+impl SecurityPolicy {
+    /// The value of the metric label `connection_security_policy`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::MutualTls => "mutual_tls",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// What policy is judged on: addresses, and the identity that TLS proved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Where the connection comes from.
+    pub source: ClientAddr,
+    /// Who it is from; only what mutual TLS proved.
+    pub source_identity: Option<SpiffeId>,
+    /// The application's address and target port.
+    pub destination: OrigDst,
+}
+
+/// Counts a connection's bytes while they move; the tunnel's only view of accounting.
+pub trait Meter {
+    /// Bytes taken from the side that opened the connection.
+    fn received(&self, bytes: u64);
+    /// Bytes given back to the side that opened the connection.
+    fn sent(&self, bytes: u64);
+}
