@@ -21,8 +21,8 @@ pub use policy::{
 };
 pub use reason::{LogLevel, Reason, ToReason};
 pub use service::{
-    Endpoint, HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, PortMap, RoutingScope,
-    Service, Visibility, WeightedWaypoint,
+    HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, PortMap, RoutingScope, Service,
+    Visibility, WeightedWaypoint,
 };
 pub use workload::{
     AppProtocol, ApplicationTunnel, GatewayAddress, GatewayDestination, Health, InvalidName,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::addr::NetworkAddr;
-use super::workload::{GatewayAddress, Health, NamespacedHostname, WorkloadUid};
+use super::workload::{GatewayAddress, NamespacedHostname};
 
 /// Service port → target port; target 0 is a named port that each endpoint maps itself.
 pub type PortMap = BTreeMap<u16, u16>;
@@ -92,17 +92,6 @@ pub struct WeightedWaypoint {
     pub destination: GatewayAddress,
     /// Its share of the sum of weights.
     pub weight: u32,
-}
-
-/// One workload behind a service.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Endpoint {
-    /// The workload.
-    pub workload: WorkloadUid,
-    /// Its own ports for this service.
-    pub ports: PortMap,
-    /// Whether it wants traffic.
-    pub health: Health,
 }
 
 /// A name with VIPs and ports.
