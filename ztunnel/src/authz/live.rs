@@ -1,0 +1,172 @@
+//! The permits in use on one worker. Takes flows to admit and, later, changed policies and
+//! workloads; gives permits, and withdraws those that would be refused now; never leaves its
+//! thread, so it needs no lock.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::sync::Notify;
+
+use super::check::{Denied, Verdict, check};
+use super::permit::{Permit, Subject};
+use super::policies::Policies;
+use crate::model::{Flow, Reason, SpiffeId, Workload, WorkloadUid};
+
+/// The registry of the permits in use on one worker. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Live(Rc<Registry>);
+
+#[derive(Debug, Default)]
+struct Registry {
+    next: Cell<u64>,
+    entries: RefCell<HashMap<u64, Rc<Entry>>>,
+}
+
+/// One permit as the registry knows it.
+#[derive(Debug)]
+struct Entry {
+    subject: Subject,
+    /// Whom an inbound connection goes to.
+    destination: Option<WorkloadUid>,
+    revoked: Cell<Option<Reason>>,
+    wake: Notify,
+}
+
+/// A permit's place in the registry, given back on drop.
+#[derive(Debug)]
+pub(super) struct Registration {
+    registry: Rc<Registry>,
+    number: u64,
+    entry: Rc<Entry>,
+}
+
+impl Live {
+    /// Registers the flow, then judges it, so that no change can fall between the two.
+    ///
+    /// Take `policies` and `destination` from the worker's snapshot in the same breath: an `await`
+    /// between the two would let a change pass unseen.
+    ///
+    /// # Errors
+    /// The refusal; nothing stays registered.
+    pub fn admit(
+        &self,
+        policies: &Policies,
+        destination: &Arc<Workload>,
+        flow: Flow,
+    ) -> Result<Permit, Denied> {
+        let registration = self.register(Subject::Inbound(flow.clone()), Some(&destination.uid));
+        let verdict = check(policies, destination, &flow)?;
+        Ok(Permit::new(registration, verdict))
+    }
+
+    /// A permit for a connection that leaves a pod which is enrolled here and whose identity we
+    /// hold. Policy does not withdraw it; [`revoke_source`](Self::revoke_source) does.
+    #[must_use]
+    pub fn outbound(&self, source: SpiffeId) -> Permit {
+        let registration = self.register(Subject::Outbound(source), None);
+        Permit::new(registration, Verdict::default())
+    }
+
+    /// Judges every inbound connection again, with the workloads as they are now, and withdraws
+    /// the permits of those refused. Gives how many.
+    pub fn judge_again(
+        &self,
+        policies: &Policies,
+        current: impl Fn(&WorkloadUid) -> Option<Arc<Workload>>,
+    ) -> usize {
+        self.revoke_where(|entry| {
+            let (Subject::Inbound(flow), Some(uid)) = (&entry.subject, &entry.destination) else {
+                return None;
+            };
+            match current(uid) {
+                None => Some(Reason::UnknownWorkload),
+                Some(workload) => match check(policies, &workload, flow) {
+                    Ok(_) => None,
+                    Err(_) => Some(Reason::PolicyRevoked),
+                },
+            }
+        })
+    }
+
+    /// Withdraws the permits of every outbound connection of this identity. Gives how many.
+    pub fn revoke_source(&self, source: &SpiffeId, reason: Reason) -> usize {
+        self.revoke_where(|entry| match &entry.subject {
+            Subject::Outbound(id) if id == source => Some(reason),
+            Subject::Inbound(_) | Subject::Outbound(_) => None,
+        })
+    }
+
+    /// How many permits are in use.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.entries.borrow().len()
+    }
+
+    /// Whether no permit is in use.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn register(&self, subject: Subject, destination: Option<&WorkloadUid>) -> Registration {
+        let entry = Rc::new(Entry {
+            subject,
+            destination: destination.cloned(),
+            revoked: Cell::new(None),
+            wake: Notify::new(),
+        });
+        let number = self.0.next.get();
+        self.0.next.set(number.wrapping_add(1));
+        self.0
+            .entries
+            .borrow_mut()
+            .insert(number, Rc::clone(&entry));
+        Registration {
+            registry: Rc::clone(&self.0),
+            number,
+            entry,
+        }
+    }
+
+    fn revoke_where(&self, judge: impl Fn(&Entry) -> Option<Reason>) -> usize {
+        // The judge may look at this registry, so it runs while nothing is borrowed.
+        let entries: Vec<_> = self.0.entries.borrow().values().map(Rc::clone).collect();
+        let mut revoked = 0;
+        for entry in entries.iter().filter(|entry| entry.revoked.get().is_none()) {
+            if let Some(reason) = judge(entry) {
+                entry.revoked.set(Some(reason));
+                entry.wake.notify_waiters();
+                revoked += 1;
+            }
+        }
+        revoked
+    }
+}
+
+impl Registration {
+    pub(super) fn subject(&self) -> &Subject {
+        &self.entry.subject
+    }
+
+    pub(super) async fn revoked(&self) -> Reason {
+        loop {
+            // Asked for before looking, so that a wake-up between the two is not lost.
+            let woken = self.entry.wake.notified();
+            if let Some(reason) = self.entry.revoked.get() {
+                return reason;
+            }
+            woken.await;
+        }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.registry.entries.borrow_mut().remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests;
