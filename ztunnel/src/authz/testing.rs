@@ -1,12 +1,11 @@
 //! Values for the tests of this room. Takes short texts, gives policies, workloads and flows;
 //! never judges.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::model::{
-    Action, Clause, ClientAddr, Flow, Health, Locality, Match, NetworkMode, OrigDst, Policy,
-    Protocol, Rule, Scope, StringMatch, Workload, WorkloadUid,
+    Action, Clause, ClientAddr, Flow, Match, OrigDst, Policy, Rule, Scope, StringMatch, Workload,
+    testing,
 };
 
 /// An enforced ALLOW without rules.
@@ -57,30 +56,8 @@ pub(super) fn anonymous() -> Match {
 /// A workload that names these policies.
 pub(super) fn workload(namespace: &str, policies: &[&str]) -> Workload {
     Workload {
-        uid: WorkloadUid(format!("uid/{namespace}").into()),
-        name: "pod".into(),
-        namespace: namespace.into(),
-        identity: None,
-        ips: vec!["10.0.0.2".parse().unwrap()],
-        network: "".into(),
-        protocol: Protocol::Hbone,
-        network_mode: NetworkMode::Standard,
-        workload_name: "".into(),
-        workload_type: "".into(),
-        canonical_name: "".into(),
-        canonical_revision: "".into(),
-        hostname: "".into(),
-        node: "".into(),
-        cluster_id: "".into(),
-        waypoint: None,
-        network_gateway: None,
-        application_tunnel: None,
-        native_tunnel: false,
         authorization_policies: policies.iter().map(|p| p.parse().unwrap()).collect(),
-        health: Health::Healthy,
-        locality: Locality::default(),
-        capacity: 1,
-        services: BTreeMap::new(),
+        ..testing::workload(namespace)
     }
 }
 

@@ -8,6 +8,8 @@ mod identity;
 mod policy;
 mod reason;
 mod service;
+#[cfg(test)]
+pub(crate) mod testing;
 mod workload;
 
 pub use addr::{

@@ -1,3 +1,5 @@
+//! Who is admitted and refused, by which policy, and what the policies on trial say.
+
 use std::sync::Arc;
 
 use super::*;

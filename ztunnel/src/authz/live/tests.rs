@@ -1,3 +1,5 @@
+//! Permits come, are withdrawn by change, and leave nothing behind.
+
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 

@@ -1,3 +1,5 @@
+//! Which answer each field, each level and each emptiness gives.
+
 use super::*;
 use crate::authz::testing::{anonymous, flow, global, principal, rule};
 use crate::model::{Action, ClientAddr, OrigDst};

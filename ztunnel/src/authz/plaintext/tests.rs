@@ -1,3 +1,5 @@
+//! Whatever is dropped unseen would have been refused.
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
