@@ -1,1 +1,16 @@
 //! Bytes to values and back; pure.
+#![warn(clippy::wildcard_enum_match_arm)]
+
+mod authority;
+mod baggage;
+mod connect;
+mod forwarded;
+mod malformed;
+mod traceparent;
+
+pub use authority::Authority;
+pub use baggage::{Baggage, Owner, OwnerKind};
+pub use connect::{Connect, ConnectRequest, accepted, refused};
+pub use forwarded::Forwarded;
+pub use malformed::Malformed;
+pub use traceparent::Traceparent;
