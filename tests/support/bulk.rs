@@ -1,0 +1,202 @@
+//! Large transfers whose every byte is checked: both ends make the same pseudo-random stream from a
+//! seed, and each compares a checksum. Takes a connected socket; gives bytes, sums and speed; holds
+//! one buffer per direction whatever the size.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{Shutdown, SocketAddr, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::{apps, netns::Netns};
+
+/// A transfer in both directions at once that arrived whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exchange {
+    pub bytes_each_way: u64,
+    /// Of what the server received, as the server computed it.
+    pub sum_up: u64,
+    /// Of what we received.
+    pub sum_down: u64,
+    pub took: Duration,
+}
+
+impl Exchange {
+    /// Both directions together.
+    #[must_use]
+    pub fn bytes_per_second(&self) -> u64 {
+        let micros = u64::try_from(self.took.as_micros())
+            .unwrap_or(u64::MAX)
+            .max(1);
+        self.bytes_each_way
+            .saturating_mul(2)
+            .saturating_mul(1_000_000)
+            / micros
+    }
+}
+
+/// The server's part: `Server::start(netns, port, bulk::serve)`.
+///
+/// It reads a length and a seed (8 bytes each, big endian), then receives that many bytes and
+/// sends as many at the same time; once the client has ended its direction it sends the checksum of
+/// what it received.
+pub fn serve(mut stream: TcpStream) -> io::Result<()> {
+    let (bytes, seed) = (read_u64(&mut stream)?, read_u64(&mut stream)?);
+    let upload = stream.try_clone()?;
+    let sum = thread::scope(|scope| {
+        let receiving = scope.spawn(move || receive(upload, bytes));
+        send(&mut stream, bytes, !seed)?;
+        receiving
+            .join()
+            .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+    })?;
+    if stream.read(&mut [0])? != 0 {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    stream.write_all(&sum.to_be_bytes())?;
+    stream.shutdown(Shutdown::Write)
+}
+
+/// The client's part: sends and receives `bytes` at the same time, and checks both.
+pub fn exchange(netns: &Netns, to: SocketAddr, bytes: u64, seed: u64) -> Result<Exchange> {
+    let mut stream = apps::dial(netns, to)?;
+    let started = Instant::now();
+    stream.write_all(&bytes.to_be_bytes())?;
+    stream.write_all(&seed.to_be_bytes())?;
+    let download = stream.try_clone()?;
+    let (sent, received) = thread::scope(|scope| {
+        let receiving = scope.spawn(move || receive(download, bytes));
+        let sent = send(&mut stream, bytes, seed);
+        (
+            sent,
+            receiving
+                .join()
+                .unwrap_or_else(|_| Err(io::ErrorKind::Other.into())),
+        )
+    });
+    sent.with_context(|| format!("send {bytes} bytes to {to}"))?;
+    let sum_down = received.with_context(|| format!("receive {bytes} bytes from {to}"))?;
+    stream.shutdown(Shutdown::Write)?;
+    let sum_up = read_u64(&mut stream).context("receive the server's checksum")?;
+    let took = started.elapsed();
+    ensure!(stream.read(&mut [0])? == 0, "bytes after the checksum");
+    ensure!(
+        sum_up == sum_of(bytes, seed),
+        "{to} received other bytes than we sent"
+    );
+    ensure!(
+        sum_down == sum_of(bytes, !seed),
+        "we received other bytes than {to} sent"
+    );
+    Ok(Exchange {
+        bytes_each_way: bytes,
+        sum_up,
+        sum_down,
+        took,
+    })
+}
+
+/// The checksum of the stream of this length and seed.
+#[must_use]
+pub fn sum_of(bytes: u64, seed: u64) -> u64 {
+    let (mut source, mut sum) = (Source(seed), Checksum::default());
+    let mut buffer = vec![0; BLOCK_BYTES];
+    let mut left = bytes;
+    while left > 0 {
+        let block = next_block(&mut buffer, left);
+        source.fill(block);
+        sum.add(block);
+        left -= length_of(block);
+    }
+    sum.0
+}
+
+fn send(stream: &mut TcpStream, bytes: u64, seed: u64) -> io::Result<()> {
+    let mut source = Source(seed);
+    let mut buffer = vec![0; BLOCK_BYTES];
+    let mut left = bytes;
+    while left > 0 {
+        let block = next_block(&mut buffer, left);
+        source.fill(block);
+        stream.write_all(block)?;
+        left -= length_of(block);
+    }
+    Ok(())
+}
+
+fn receive(mut stream: TcpStream, bytes: u64) -> io::Result<u64> {
+    let mut sum = Checksum::default();
+    let mut buffer = vec![0; BLOCK_BYTES];
+    let mut left = bytes;
+    while left > 0 {
+        let block = next_block(&mut buffer, left);
+        stream.read_exact(block)?;
+        sum.add(block);
+        left -= length_of(block);
+    }
+    Ok(sum.0)
+}
+
+/// The part of the buffer that the next block uses: blocks begin at the same offsets on both
+/// ends, which is what the checksum needs.
+fn next_block(buffer: &mut [u8], left: u64) -> &mut [u8] {
+    let length = usize::try_from(left)
+        .unwrap_or(usize::MAX)
+        .min(buffer.len());
+    buffer.split_at_mut(length).0
+}
+
+fn length_of(block: &[u8]) -> u64 {
+    u64::try_from(block.len()).unwrap_or(u64::MAX)
+}
+
+fn read_u64(stream: &mut TcpStream) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    stream.read_exact(&mut bytes)?;
+    Ok(u64::from_be_bytes(bytes))
+}
+
+/// SplitMix64: every position of the stream differs, so a lost or moved block shows.
+struct Source(u64);
+
+impl Source {
+    fn fill(&mut self, block: &mut [u8]) {
+        for chunk in block.chunks_mut(8) {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.0;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^= z >> 31;
+            for (to, from) in chunk.iter_mut().zip(z.to_le_bytes()) {
+                *to = from;
+            }
+        }
+    }
+}
+
+/// FNV-1a over words of eight bytes: order matters, and it keeps up with the network.
+struct Checksum(u64);
+
+impl Default for Checksum {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Checksum {
+    fn add(&mut self, block: &[u8]) {
+        let (words, rest) = block.as_chunks::<8>();
+        for word in words {
+            self.0 = (self.0 ^ u64::from_le_bytes(*word)).wrapping_mul(0x0100_0000_01b3);
+        }
+        for byte in rest {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+}
+
+/// A multiple of eight.
+const BLOCK_BYTES: usize = 64 * 1024;

@@ -1,0 +1,55 @@
+//! What the mesh promises not to touch: addresses and routes of a pod, packet filters. Takes a
+//! namespace; gives snapshots to compare; a tool that is missing is an error, never an empty answer.
+
+use anyhow::{Result, ensure};
+
+use crate::{netns::Netns, process::output};
+
+/// `eth0` of a pod: its addresses, and every route that leaves by it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Eth0 {
+    addresses: String,
+    routes_v4: String,
+    routes_v6: String,
+    neighbours: String,
+}
+
+impl Eth0 {
+    /// As they are now.
+    pub fn of(netns: &Netns) -> Result<Self> {
+        let ip = |args: &[&str]| output(Some(netns), "ip", args, "");
+        Ok(Self {
+            addresses: ip(&["-json", "address", "show", "dev", "eth0"])?,
+            routes_v4: ip(&[
+                "-4", "-json", "route", "show", "table", "all", "dev", "eth0",
+            ])?,
+            routes_v6: ip(&[
+                "-6", "-json", "route", "show", "table", "all", "dev", "eth0",
+            ])?,
+            neighbours: ip(&["-json", "neigh", "show", "dev", "eth0", "nud", "permanent"])?,
+        })
+    }
+}
+
+/// Rules of iptables and nftables in a namespace; empty if there are none.
+pub fn packet_filter(netns: &Netns) -> Result<String> {
+    let mut rules = String::new();
+    for (program, args) in [
+        ("iptables-save", &[][..]),
+        ("ip6tables-save", &[][..]),
+        ("nft", &["list", "ruleset"][..]),
+    ] {
+        rules.push_str(&output(Some(netns), program, args, "")?);
+    }
+    Ok(rules)
+}
+
+/// Fails with the rules if there are any.
+pub fn no_packet_filter(netns: &Netns) -> Result<()> {
+    let rules = packet_filter(netns)?;
+    ensure!(
+        rules.trim().is_empty(),
+        "packet filter rules in {netns}:\n{rules}"
+    );
+    Ok(())
+}
