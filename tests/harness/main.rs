@@ -1,22 +1,31 @@
 //! The harness proves itself: what it builds works, what it watches it sees, and what it leaves is
 //! nothing. Needs root, nginx and curl; no node process.
+#![expect(
+    clippy::disallowed_types,
+    reason = "real time: nothing here runs on a paused clock"
+)]
 
 use std::{
     fs,
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::Shutdown,
     path::Path,
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use nix::sys::signal::Signal;
 use ztunnel_tests::{
+    access::Line,
     apps::{self, End, Server},
     bulk, inspect, leftovers,
+    load::{Load, Outcome},
     meshfile::{self, MeshFile},
+    metrics::Metrics,
     process::{Running, output},
     programs::{Nginx, curl},
     topology::{LINK, Topology},
+    wait,
     wire::Sniffer,
 };
 
@@ -71,6 +80,105 @@ fn leftovers_of_a_dead_process_are_collected_by_the_next_topology() {
     drop(two_pods());
     assert!(!Path::new("/run/netns").join(&name).exists());
     assert!(!file.exists());
+}
+
+#[test]
+fn a_run_that_is_killed_leaves_nothing() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ztunnel-tests-victim"));
+    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    let victim = Running::start("victim", None, command).unwrap();
+    let built = |line: &str| line.strip_prefix("built ").map(str::to_owned);
+    let prefix = victim.log().wait_for("built", PATIENCE, built).unwrap();
+    let there = leftovers::list(&prefix).unwrap();
+    assert_eq!(
+        (there.namespaces.len(), there.processes.len()),
+        (3, 1),
+        "{there:?}"
+    );
+    assert_eq!(there.files.len(), 1, "{there:?}");
+    victim.signal(Signal::SIGKILL).unwrap();
+    wait::until("the reaper to finish", PATIENCE, || {
+        leftovers::list(&prefix).unwrap().is_empty().then_some(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn load_tells_answered_from_refused_and_unanswered() {
+    let topology = two_pods();
+    let (client, server) = (
+        topology.pod("client").unwrap(),
+        topology.pod("server").unwrap(),
+    );
+    let start = |port, patience| Load::start(&client.netns, server.at(port), b"x", 2, patience);
+    let echo = Server::start(&server.netns, 9000, apps::echo).unwrap();
+    let began = Instant::now();
+    let load = start(9000, PATIENCE);
+    load.wait_answered(began, 20, PATIENCE).unwrap();
+    assert!(
+        load.finish()
+            .unwrap()
+            .iter()
+            .all(|a| a.outcome == Outcome::Answered)
+    );
+    drop(echo);
+
+    let load = start(9000, PATIENCE);
+    wait::until("refusals", PATIENCE, || {
+        (load.attempts().len() > 4).then_some(())
+    })
+    .unwrap();
+    let refused = Outcome::NotConnected(ErrorKind::ConnectionRefused);
+    assert!(load.finish().unwrap().iter().all(|a| a.outcome == refused));
+
+    output(
+        Some(&server.netns),
+        "ip",
+        &["link", "set", "eth0", "down"],
+        "",
+    )
+    .unwrap();
+    let load = start(9000, Duration::from_millis(500));
+    let waiting = || inspect::unanswered_syns(&client.netns, 9000).unwrap();
+    wait::until("two SYNs", PATIENCE, || (waiting() == 2).then_some(())).unwrap();
+    let timed_out = Outcome::NotConnected(ErrorKind::TimedOut);
+    assert!(
+        load.finish()
+            .unwrap()
+            .iter()
+            .all(|a| a.outcome == timed_out)
+    );
+}
+
+#[test]
+fn access_lines_are_read_in_both_formats() {
+    let plain = "2025-01-01T00:00:00Z\tinfo\taccess\tconnection complete\tsrc.addr=10.0.0.1:5 \
+                 src.identity=\"spiffe://t/ns/n/sa/s\" duration=\"12ms\" error=it broke: a=b";
+    let line = Line::access(plain).unwrap();
+    assert_eq!(line.get("src.identity"), Some("spiffe://t/ns/n/sa/s"));
+    assert!(line.has(&[
+        ("src.addr", "10.0.0.1:5"),
+        ("duration", "12ms"),
+        ("error", "it broke: a=b")
+    ]));
+    let json = r#"{"level":"info","time":"t","scope":"access","message":"m","bytes_sent":7}"#;
+    let line = Line::access(json).unwrap();
+    assert_eq!(
+        (line.message.as_str(), line.get("bytes_sent")),
+        ("m", Some("7"))
+    );
+    assert_eq!(Line::access("time\tinfo\tstate\tloaded"), None);
+    assert_eq!(Line::access("thread panicked"), None);
+}
+
+#[test]
+fn metrics_are_read_with_their_labels() {
+    let page = "# TYPE a counter\na_total{x=\"1\",y=\"a\\\"}b\"} 3\na_total{x=\"2\",y=\"\"} 4 1.5\nb 0.5\n# EOF\n";
+    let metrics = Metrics::parse(page).unwrap();
+    assert!((metrics.sum("a_total", &[]) - 7.0).abs() < f64::EPSILON);
+    assert!((metrics.sum("a_total", &[("y", "a\"}b")]) - 3.0).abs() < f64::EPSILON);
+    assert_eq!(metrics.matching("b", &[]).count(), 1);
+    Metrics::parse("a{x=\"1} 2").unwrap_err();
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! What the mesh promises not to touch: addresses and routes of a pod, packet filters. Takes a
 //! namespace; gives snapshots to compare; a tool that is missing is an error, never an empty answer.
 
-use anyhow::{Result, ensure};
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{netns::Netns, process::output};
 
@@ -53,3 +55,24 @@ pub fn no_packet_filter(netns: &Netns) -> Result<()> {
     );
     Ok(())
 }
+
+/// Connections from this namespace to `port` whose SYN nobody has answered yet.
+pub fn unanswered_syns(netns: &Netns, port: u16) -> Result<usize> {
+    netns.within(|| {
+        let mut count = 0;
+        // `/proc/net` would show the namespace of the process, not of this thread.
+        for table in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
+            let text = fs::read_to_string(table).with_context(|| format!("read {table}"))?;
+            let to = format!(":{port:04X}");
+            count += text
+                .lines()
+                .map(|line| line.split_whitespace().skip(2).take(2).collect::<Vec<_>>())
+                .filter(|columns| matches!(columns[..], [peer, SYN_SENT] if peer.ends_with(&to)))
+                .count();
+        }
+        Ok(count)
+    })
+}
+
+/// As `/proc/net/tcp` writes it.
+const SYN_SENT: &str = "02";

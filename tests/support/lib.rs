@@ -24,6 +24,7 @@ pub mod bulk;
 pub mod http;
 pub mod inspect;
 pub mod leftovers;
+pub mod load;
 pub mod meshfile;
 pub mod metrics;
 pub mod netns;
