@@ -1,1 +1,47 @@
-fn main() {}
+//! The kernel side of capture: one entry point per hook, each a call and a verdict. It takes the
+//! kernel's context, gives a verdict, and never rewrites an address or judges a policy.
+#![no_std]
+#![no_main]
+#![expect(
+    unsafe_code,
+    reason = "contexts are raw pointers and helpers are foreign functions"
+)]
+
+mod connect;
+mod maps;
+mod sk_lookup;
+
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, sk_lookup},
+    programs::{SkLookupContext, SockAddrContext},
+};
+
+/// `cgroup/connect4`: 1 lets the connection go on, 0 refuses it with EPERM.
+#[cgroup_sock_addr(connect4)]
+pub(crate) fn on_connect4(ctx: SockAddrContext) -> i32 {
+    connect::connect4(&ctx).into()
+}
+
+/// `cgroup/connect6`: as `connect4`; it also sees v4-mapped destinations.
+#[cgroup_sock_addr(connect6)]
+pub(crate) fn on_connect6(ctx: SockAddrContext) -> i32 {
+    connect::connect6(&ctx).into()
+}
+
+/// `sk_lookup`: SK_PASS with or without a listener chosen, or SK_DROP.
+#[sk_lookup]
+pub(crate) fn on_sk_lookup(ctx: SkLookupContext) -> u32 {
+    sk_lookup::steer(&ctx)
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier refuses an endless loop, so an object in which a panic is left does not load.
+    #[expect(clippy::empty_loop, reason = "never reached; there is nothing to call")]
+    loop {}
+}
+
+// The helpers that we call are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual BSD/GPL\0";

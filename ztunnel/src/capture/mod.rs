@@ -1,1 +1,27 @@
-//! The kernel: sole importer of aya and nix.
+//! The kernel: takes pods (network namespaces) and settings, gives listeners, sockets and counters.
+//! Sole importer of aya, nix, socket2 and rtnetlink; it never judges a policy or reads a byte.
+
+mod bpf;
+mod dial;
+mod error;
+mod listen;
+mod maps;
+mod netns;
+mod pins;
+mod pod;
+mod preflight;
+mod release;
+mod route;
+mod settings;
+mod sys;
+
+pub use bpf::{Capture, Params};
+pub use dial::Dialer;
+pub use error::Error;
+pub use listen::WorkerListeners;
+pub use maps::{Count, CountSource};
+pub use netns::{Netns, NetnsCookie};
+pub use pod::PodCapture;
+pub use preflight::preflight;
+pub use release::{Released, release_all};
+pub use settings::{PlaintextVerdict, PodSettings};

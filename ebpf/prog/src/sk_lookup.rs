@@ -1,0 +1,175 @@
+//! `sk_lookup`: takes a packet that looks for a listener in its pod, gives it to one of our
+//! listeners, to the application, or to nobody. It never falls through once traffic is ours.
+
+use core::ptr::addr_of;
+
+use aya_ebpf::{
+    bindings::{
+        BPF_SK_LOOKUP_F_NO_REUSEPORT, BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup, sk_action::SK_DROP,
+        sk_action::SK_PASS,
+    },
+    helpers::bpf_get_smp_processor_id,
+    programs::SkLookupContext,
+};
+use ebpf_abi::{
+    Address, HBONE_PORT, InboundRules, ListenerKind, LookupVerdict, MAX_WORKERS, PLAINTEXT_PASS,
+    PLAINTEXT_PROXY, holds_address, holds_port, listener_slot,
+};
+
+use crate::maps::{LISTENERS, LOOKUP_VERDICTS, POD, count};
+
+#[inline(always)]
+pub(crate) fn steer(ctx: &SkLookupContext) -> u32 {
+    // SAFETY: the verifier checks the offset and width of every context read. Volatile, because the
+    // kernel translates single-word loads only, and the compiler would join neighbours.
+    if unsafe { addr_of!((*ctx.lookup).protocol).read_volatile() } != IPPROTO_TCP {
+        return SK_PASS; // UDP is not ours
+    }
+    let Some(rules) = POD.get(0) else {
+        return SK_DROP; // an array has its only entry; without rules nothing is admitted
+    };
+    let verdict = verdict(ctx, rules);
+    count(&LOOKUP_VERDICTS, verdict.index());
+    match verdict {
+        // A listener of ours was assigned.
+        LookupVerdict::Outbound | LookupVerdict::Hbone | LookupVerdict::PlaintextProxied => SK_PASS,
+        // Nothing was assigned: the kernel looks for the application's listener.
+        LookupVerdict::InsidePod
+        | LookupVerdict::ExcludedPort
+        | LookupVerdict::PlaintextPassed => SK_PASS,
+        // Passing would hand it to whatever wildcard listener the application has. On `lo` no reset
+        // can be routed back from the foreign address, so the connection waits (6.18).
+        LookupVerdict::OutboundNoListener
+        // From outside, the kernel answers a dropped lookup with a reset: refused at once.
+        | LookupVerdict::HboneNoListener
+        | LookupVerdict::PlaintextDropped
+        | LookupVerdict::PlaintextNoListener
+        | LookupVerdict::AssignFailed => SK_DROP,
+    }
+}
+
+#[inline(always)]
+fn verdict(ctx: &SkLookupContext, rules: &InboundRules) -> LookupVerdict {
+    let local = local_address(ctx.lookup);
+    // SAFETY: a context read, as above.
+    let interface = unsafe { addr_of!((*ctx.lookup).ingress_ifindex).read_volatile() };
+    if interface == LOOPBACK_IFINDEX {
+        if local.is_loopback() || holds_address(&rules.addresses, &local) {
+            return LookupVerdict::InsidePod;
+        }
+        return assign(
+            ctx,
+            rules,
+            ListenerKind::Outbound,
+            LookupVerdict::Outbound,
+            LookupVerdict::OutboundNoListener,
+        );
+    }
+    // What a pod sends to its own address loops over `lo` but shows the device of that address.
+    // From outside the kernel lets no such source in (IPv4), or its answer stays here (IPv6).
+    if holds_address(&rules.addresses, &remote_address(ctx.lookup)) {
+        return LookupVerdict::InsidePod;
+    }
+    // SAFETY: a context read, as above; this field is in host order.
+    let port = unsafe { addr_of!((*ctx.lookup).local_port).read_volatile() };
+    #[expect(
+        clippy::as_conversions,
+        clippy::cast_possible_truncation,
+        reason = "a port"
+    )]
+    let port = port as u16;
+    if port == HBONE_PORT {
+        return assign(
+            ctx,
+            rules,
+            ListenerKind::Hbone,
+            LookupVerdict::Hbone,
+            LookupVerdict::HboneNoListener,
+        );
+    }
+    if holds_port(&rules.excluded_ports, port) {
+        return LookupVerdict::ExcludedPort;
+    }
+    match rules.plaintext {
+        PLAINTEXT_PASS => LookupVerdict::PlaintextPassed,
+        PLAINTEXT_PROXY => assign(
+            ctx,
+            rules,
+            ListenerKind::Plaintext,
+            LookupVerdict::PlaintextProxied,
+            LookupVerdict::PlaintextNoListener,
+        ),
+        // PLAINTEXT_DROP, and whatever we do not know.
+        _ => LookupVerdict::PlaintextDropped,
+    }
+}
+
+/// Gives the packet to the listener of this CPU's worker, so that it is accepted where it arrived.
+#[inline(always)]
+fn assign(
+    ctx: &SkLookupContext,
+    rules: &InboundRules,
+    kind: ListenerKind,
+    given: LookupVerdict,
+    missing: LookupVerdict,
+) -> LookupVerdict {
+    let workers = rules.workers;
+    if workers == 0 || workers > MAX_WORKERS {
+        return missing;
+    }
+    // SAFETY: the helper only reads the number of the CPU that runs us.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    let slot = listener_slot(kind, cpu % workers);
+    // REPLACE: another program of this namespace has no say. NO_REUSEPORT: neither has a process of
+    // the pod that joined our listener's port group.
+    let flags = BPF_SK_LOOKUP_F_REPLACE | BPF_SK_LOOKUP_F_NO_REUSEPORT;
+    match LISTENERS.redirect_sk_lookup(ctx, slot, flags.into()) {
+        Ok(()) => given,
+        Err(NO_SUCH_ENTRY) => missing,
+        Err(_) => LookupVerdict::AssignFailed,
+    }
+}
+
+#[inline(always)]
+fn local_address(context: *mut bpf_sk_lookup) -> Address {
+    // SAFETY: context reads, as above, one word each.
+    unsafe {
+        if addr_of!((*context).family).read_volatile() == AF_INET {
+            return Address::from_v4(addr_of!((*context).local_ip4).read_volatile());
+        }
+        words(addr_of!((*context).local_ip6).cast())
+    }
+}
+
+#[inline(always)]
+fn remote_address(context: *mut bpf_sk_lookup) -> Address {
+    // SAFETY: context reads, as above, one word each.
+    unsafe {
+        if addr_of!((*context).family).read_volatile() == AF_INET {
+            return Address::from_v4(addr_of!((*context).remote_ip4).read_volatile());
+        }
+        words(addr_of!((*context).remote_ip6).cast())
+    }
+}
+
+/// # Safety
+/// `words` points to an IPv6 address in a program's context.
+#[inline(always)]
+unsafe fn words(words: *const u32) -> Address {
+    // SAFETY: four words in network order, by contract; one load each, as the verifier wants.
+    unsafe {
+        Address([
+            words.read_volatile(),
+            words.add(1).read_volatile(),
+            words.add(2).read_volatile(),
+            words.add(3).read_volatile(),
+        ])
+    }
+}
+
+const IPPROTO_TCP: u32 = 6;
+const AF_INET: u32 = 2;
+/// The kernel gives every network namespace's `lo` this index.
+const LOOPBACK_IFINDEX: u32 = 1;
+/// `-ENOENT`: the slot holds no socket.
+const NO_SUCH_ENTRY: i32 = -2;

@@ -1,0 +1,7 @@
+//! The capture room on a real kernel: real namespaces, a veth link and real sockets. Needs root. Every
+//! test has its own two namespaces and its own pins, and removes them, also when it fails.
+
+mod inbound;
+mod lifecycle;
+mod outbound;
+mod world;

@@ -1,0 +1,334 @@
+//! What a pod's own connections meet: captured, exempt, waiting or refused, and counted.
+
+use std::{
+    io::ErrorKind,
+    net::{SocketAddr, TcpListener, TcpStream},
+    process::Command,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+};
+
+use socket2::{Domain, Socket, Type};
+use ztunnel::capture::{Capture, PodSettings};
+
+use crate::world::{
+    Enrolled, PATIENCE, PEER4, PEER6, POD4, POD6, PORT, Sniffer, WATCH, World, accept, address, at,
+    idle, said, settings, spawn_in,
+};
+
+#[test]
+fn a_captured_connection_keeps_all_its_addresses() {
+    let world = World::new();
+    let server = world.peer_server();
+    let enrolled = world.enrolled(&settings());
+    let mapped = format!("::ffff:{PEER4}");
+    for destination in [PEER4, PEER6, "198.51.100.7", "2001:db8::7", mapped.as_str()] {
+        let destination = at(destination, PORT);
+        let client = world.pod_connects(destination);
+        let ours = accept(&enrolled.listeners.outbound);
+        let client = client.join().unwrap().unwrap();
+        assert_eq!(
+            client.peer_addr().unwrap(),
+            destination,
+            "as the application sees it"
+        );
+        let original = canonical(ours.local_addr().unwrap());
+        assert_eq!(original, canonical(destination), "the original destination");
+        let source = canonical(ours.peer_addr().unwrap());
+        assert_eq!(
+            source,
+            canonical(client.local_addr().unwrap()),
+            "the source"
+        );
+    }
+    assert_eq!(server.served(), 0);
+    assert_eq!(enrolled.connects("captured"), 5);
+    assert!(enrolled.lookups("outbound") >= 5);
+}
+
+#[test]
+fn a_pod_that_is_not_enrolled_goes_out_directly() {
+    let world = World::new();
+    let server = world.peer_server();
+    let capture = world.start();
+    let direct = world.pod_connects(at(PEER4, PORT)).join().unwrap().unwrap();
+    assert_eq!(said(direct), format!("peer {POD4}"));
+    assert_eq!(server.served(), 1);
+    assert!(
+        capture
+            .counters()
+            .unwrap()
+            .iter()
+            .all(|count| count.total == 0)
+    );
+}
+
+#[test]
+fn loopback_and_own_addresses_stay_in_the_pod() {
+    let world = World::new();
+    let _app = world.pod_server();
+    let enrolled = world.enrolled(&settings());
+    for destination in ["127.0.0.1", "::1", "0.0.0.0", "::", "::ffff:127.0.0.1"] {
+        let stream = world
+            .pod_connects(at(destination, PORT))
+            .join()
+            .unwrap()
+            .unwrap();
+        assert!(said(stream).starts_with("app "), "{destination}");
+    }
+    assert_eq!(enrolled.connects("loopback"), 5);
+    for own in [POD4, POD6] {
+        let stream = world.pod_connects(at(own, PORT)).join().unwrap().unwrap();
+        assert_eq!(said(stream), format!("app {own}"));
+    }
+    assert_eq!(enrolled.connects("own_address"), 2);
+    assert_eq!(enrolled.connects("captured"), 0);
+    assert!(enrolled.lookups("inside_pod") >= 7);
+    assert!(idle(&enrolled.listeners.outbound));
+}
+
+#[test]
+fn our_own_sockets_go_out_directly() {
+    let world = World::new();
+    let _server = world.peer_server();
+    let enrolled = world.enrolled(&settings());
+    let dialer = enrolled.pod.dialer(&settings());
+    for (destination, source) in [(PEER4, POD4), (PEER6, POD6)] {
+        let socket = dialer.upstream_socket(address(destination)).unwrap();
+        socket.set_nonblocking(false).unwrap();
+        socket
+            .connect_timeout(&at(destination, PORT).into(), PATIENCE)
+            .unwrap();
+        assert_eq!(said(socket.into()), format!("peer {source}"));
+    }
+    assert_eq!(enrolled.connects("own_socket"), 2);
+    assert_eq!(enrolled.connects("captured"), 0);
+}
+
+#[test]
+fn excluded_ports_and_networks_go_out_directly_until_they_are_no_longer_excluded() {
+    let world = World::new();
+    let server = world.peer_server();
+    let by_port = PodSettings {
+        excluded_outbound_ports: vec![1, PORT],
+        ..settings()
+    };
+    let enrolled = world.enrolled(&by_port);
+    let dial = |to: &str| said(world.pod_connects(at(to, PORT)).join().unwrap().unwrap());
+    assert_eq!(dial(PEER4), format!("peer {POD4}"));
+    assert_eq!(dial(PEER6), format!("peer {POD6}"));
+    assert_eq!(enrolled.connects("excluded_port"), 2);
+
+    let by_cidr = PodSettings {
+        excluded_outbound_cidrs: vec![
+            "10.99.0.0/24".parse().unwrap(),
+            "fd99::/64".parse().unwrap(),
+        ],
+        ..settings()
+    };
+    enrolled.pod.update(&by_cidr).unwrap();
+    assert_eq!(dial(PEER4), format!("peer {POD4}"));
+    assert_eq!(dial(PEER6), format!("peer {POD6}"));
+    assert_eq!(dial(&format!("::ffff:{PEER4}")), format!("peer {POD4}"));
+    assert_eq!(enrolled.connects("excluded_cidr"), 3);
+    assert_eq!(enrolled.connects("captured"), 0);
+    let outside = world.pod_connects(at("10.98.0.1", PORT));
+    accept(&enrolled.listeners.outbound);
+    drop(outside.join().unwrap().unwrap());
+
+    enrolled.pod.update(&settings()).unwrap();
+    let direct = server.served();
+    for destination in [PEER4, PEER6] {
+        let client = world.pod_connects(at(destination, PORT));
+        accept(&enrolled.listeners.outbound);
+        drop(client.join().unwrap().unwrap());
+    }
+    assert_eq!(server.served(), direct);
+}
+
+#[test]
+fn marks_devices_and_bound_addresses_of_the_application_do_not_escape() {
+    let world = World::new();
+    let server = world.peer_server();
+    let enrolled = world.enrolled(&settings());
+    let attempts: [fn(&Socket); 3] = [
+        |socket| socket.set_mark(0x539).unwrap(),
+        |socket| socket.bind_device(Some(b"eth0")).unwrap(),
+        |socket| socket.bind(&at(POD4, 0).into()).unwrap(),
+    ];
+    for prepare in attempts {
+        let client = spawn_in(&world.pod(), move || {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            prepare(&socket);
+            socket
+                .connect_timeout(&at(PEER4, PORT).into(), PATIENCE)
+                .map(|()| socket)
+        });
+        accept(&enrolled.listeners.outbound);
+        drop(client.join().unwrap().unwrap());
+    }
+    assert_eq!(enrolled.connects("captured"), 3);
+    assert_eq!(server.served(), 0);
+}
+
+#[test]
+fn the_mark_of_our_own_dials_takes_nothing_out_of_the_pod() {
+    let world = World::new();
+    let server = world.peer_server();
+    let enrolled = world.enrolled(&settings());
+    let mut sniffer = Sniffer::on_peer(&world);
+    let outcome = world.in_pod(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.set_mark(0x53a).unwrap();
+        socket.connect_timeout(&at(PEER4, PORT).into(), WATCH)
+    });
+    // The mark's route makes the destination the source too, so that nobody answers (6.18).
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::TimedOut);
+    assert_eq!(enrolled.connects("captured"), 1);
+    assert_eq!(sniffer.tcp(), 0);
+    assert_eq!(server.served(), 0);
+}
+
+#[test]
+fn a_socket_that_cannot_be_bound_to_lo_is_refused_and_counted() {
+    let world = World::new();
+    let server = world.peer_server();
+    let enrolled = world.enrolled(&settings());
+    // Without CAP_NET_RAW the kernel does not bind a bound socket again, not even for us.
+    let child = Command::new("nsenter")
+        .arg(format!("--net={}", world.pod_path().display()))
+        .args(["setpriv", "--bounding-set=-net_raw", "--inh-caps=-net_raw"])
+        .arg(std::env::current_exe().unwrap())
+        .args([
+            "--ignored",
+            "--exact",
+            "outbound::child_bound_to_eth0_is_refused",
+        ])
+        .output()
+        .unwrap();
+    assert!(
+        child.status.success(),
+        "{}",
+        String::from_utf8_lossy(&child.stdout)
+    );
+    assert_eq!(enrolled.connects("bind_failed"), 1);
+    assert_eq!(server.served(), 0);
+}
+
+#[test]
+#[ignore = "runs as a child of the test above, inside the pod and without CAP_NET_RAW"]
+fn child_bound_to_eth0_is_refused() {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind_device(Some(b"eth0")).unwrap();
+    let refused = socket.connect(&at(PEER4, PORT).into()).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+    // A socket that we have bound ourselves may connect again.
+    let again = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    again.connect(&at("127.0.0.1", 1).into()).unwrap_err();
+    again.connect(&at(POD4, 1).into()).unwrap_err();
+}
+
+#[test]
+fn without_a_listener_connections_wait_and_nothing_leaves() {
+    let world = World::new();
+    let server = world.peer_server();
+    let mut sniffer = Sniffer::on_peer(&world);
+    drop(world.pod_connects(at(PEER4, PORT)).join().unwrap().unwrap());
+    assert!(sniffer.tcp() > 0, "the sniffer works");
+
+    let Enrolled {
+        capture,
+        pod,
+        listeners,
+    } = world.enrolled(&settings());
+    // An application that listens everywhere must not get it either.
+    let app = world.pod_server();
+    drop((pod, listeners));
+    sniffer.tcp();
+    let (done, outcome) = mpsc::channel();
+    for destination in [PEER4, PEER6] {
+        let done = done.clone();
+        let waiting = world.pod_connects(at(destination, PORT));
+        thread::spawn(move || done.send(waiting.join().unwrap()));
+    }
+    assert_eq!(
+        outcome.recv_timeout(WATCH).err(),
+        Some(RecvTimeoutError::Timeout)
+    );
+    assert_eq!(sniffer.tcp(), 0, "packets on the wire");
+    assert_eq!((app.served(), server.served()), (0, 1));
+
+    let enrolled = Enrolled::new(capture, &world, &settings());
+    assert!(enrolled.lookups("outbound_no_listener") >= 2);
+    accept(&enrolled.listeners.outbound);
+    accept(&enrolled.listeners.outbound);
+    for _ in 0..2 {
+        outcome.recv_timeout(PATIENCE).unwrap().unwrap();
+    }
+    assert_eq!(sniffer.tcp(), 0, "packets on the wire");
+    assert_eq!((app.served(), server.served()), (0, 1));
+}
+
+#[test]
+fn a_process_that_joins_our_ports_gets_nothing() {
+    let world = World::new();
+    let enrolled = world.enrolled(&settings());
+    let thief = world.in_pod(|| {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        socket.set_only_v6(false).unwrap();
+        socket.set_reuse_port(true).unwrap();
+        socket.bind_device(Some(b"lo")).unwrap();
+        socket.bind(&at("::", 15001).into()).unwrap();
+        socket.listen(16).unwrap();
+        TcpListener::from(socket)
+    });
+    for _ in 0..32 {
+        let client = world.pod_connects(at(PEER4, 15001));
+        accept(&enrolled.listeners.outbound);
+        drop(client.join().unwrap().unwrap());
+    }
+    assert!(idle(&thief));
+}
+
+#[test]
+fn capture_does_not_depend_on_our_ports() {
+    let world = World::new();
+    let _taken =
+        world.in_pod(|| [15001, 15006, 15008].map(|port| TcpListener::bind(("::", port)).unwrap()));
+    let enrolled = world.enrolled(&settings());
+    assert!(enrolled.pod.ports_displaced());
+    let client = world.pod_connects(at(PEER4, PORT));
+    accept(&enrolled.listeners.outbound);
+    drop(client.join().unwrap().unwrap());
+    let peer = world.in_peer(|| TcpStream::connect_timeout(&at(POD4, 15008), PATIENCE));
+    assert_eq!(
+        accept(&enrolled.listeners.hbone)
+            .local_addr()
+            .unwrap()
+            .port(),
+        15008
+    );
+    drop(peer.unwrap());
+}
+
+#[test]
+fn a_connection_is_accepted_by_the_worker_of_its_processor() {
+    let world = World::new();
+    let capture = Capture::start(&world.params(2)).unwrap();
+    let (_pod, listeners) = capture.enrol(&world.netns(), &settings()).unwrap();
+    for processor in 0..2 {
+        let client = spawn_in(&world.pod(), move || {
+            let mut set = nix::sched::CpuSet::new();
+            set.set(processor).unwrap();
+            nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).unwrap();
+            TcpStream::connect_timeout(&at(PEER4, PORT), PATIENCE)
+        });
+        accept(&listeners[processor].outbound);
+        drop(client.join().unwrap().unwrap());
+        assert!(idle(&listeners[1 - processor].outbound));
+    }
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

@@ -1,0 +1,351 @@
+//! The node's side of capture: takes the pin directory, loads or adopts what is pinned there, gives
+//! the handle through which pods are enrolled. It never leaves a moment in which an enrolled pod is
+//! not captured.
+
+#[expect(
+    clippy::disallowed_types,
+    reason = "the maps and pins are one kernel state that calls change step by step; a snapshot \
+              cannot stand for it, and no connection's path takes this lock"
+)]
+use std::sync::Mutex;
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::{self, File},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::{Arc, MutexGuard, PoisonError},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SkLookup, links::FdLink},
+};
+use ebpf_abi::{ABI_VERSION, MAX_WORKERS, program};
+
+use super::{
+    Count, Error, Netns, NetnsCookie, PodCapture, PodSettings, WorkerListeners,
+    maps::{self, NODE_MAPS, NodeMaps, POD_MAPS, PodMaps},
+    pins::{self, Generation},
+    preflight, sys,
+};
+
+/// What capture must know of this node process.
+#[derive(Clone, Debug)]
+pub struct Params {
+    /// Where programs, maps and links are pinned: a directory in a bpf file system, one per node
+    /// process of a kernel.
+    pub pin_dir: PathBuf,
+    /// How many workers will accept; each gets its own listeners in every pod.
+    pub workers: usize,
+}
+
+/// The kernel side of this node process. Dropping it changes nothing: pods stay captured.
+#[derive(Clone, Debug)]
+pub struct Capture {
+    pub(super) node: Arc<Node>,
+}
+
+impl Capture {
+    /// Adopts what is pinned, or loads it. What an incompatible binary pinned is replaced, with
+    /// every pod in it captured throughout.
+    ///
+    /// # Errors
+    /// The kernel refuses a program, a map, a link or a pin.
+    pub fn start(params: &Params) -> Result<Self, Error> {
+        let workers = u32::try_from(params.workers)
+            .ok()
+            .filter(|workers| (1..=MAX_WORKERS).contains(workers))
+            .ok_or(Error::Workers {
+                workers: params.workers,
+                max: MAX_WORKERS,
+            })?;
+        preflight::mount_bpffs(&params.pin_dir)?;
+        fs::create_dir_all(&params.pin_dir).map_err(Error::pin(&params.pin_dir))?;
+        pins::clean(&params.pin_dir)?;
+        let found = pins::generations(&params.pin_dir)?;
+        let mut loader = Loader::new();
+        let (generation, maps) = match found.first() {
+            Some(newest) if adoptable(newest) => loader.adopt(newest)?,
+            _ => loader.replace(&params.pin_dir, &found)?,
+        };
+        for old in found.iter().filter(|old| **old != generation) {
+            pins::remove(&old.dir)?;
+        }
+        let ours = Arc::new(maps::ours(&generation.dir)?);
+        let state = State {
+            loader,
+            maps,
+            netns: BTreeMap::new(),
+        };
+        let node = Arc::new(Node {
+            generation,
+            workers,
+            ours,
+            state: Mutex::new(state),
+        });
+        Ok(Self { node })
+    }
+
+    /// The pods that are enrolled, by this process or one before it.
+    ///
+    /// # Errors
+    /// The pins cannot be read.
+    pub fn enrolled(&self) -> Result<Vec<NetnsCookie>, Error> {
+        self.node.generation.pods()
+    }
+
+    /// Captures a pod, or takes it over from the process before: its new connections come to the
+    /// listeners returned, one set per worker.
+    ///
+    /// # Errors
+    /// Nothing is left half done: a pod that was not captured before is not captured after.
+    pub fn enrol(
+        &self,
+        netns: &Arc<Netns>,
+        settings: &PodSettings,
+    ) -> Result<(PodCapture, Vec<WorkerListeners>), Error> {
+        PodCapture::enrol(&self.node, netns, settings)
+    }
+
+    /// Every counter of the kernel side.
+    ///
+    /// # Errors
+    /// A counter cannot be read.
+    pub fn counters(&self) -> Result<Vec<Count>, Error> {
+        let mut counts = self.node.lock().maps.counts()?;
+        for cookie in self.enrolled()? {
+            counts.extend(maps::pod_counts(&self.node.generation.pod(cookie), cookie)?);
+        }
+        Ok(counts)
+    }
+}
+
+/// What all handles of this process share.
+pub(super) struct Node {
+    pub(super) generation: Generation,
+    pub(super) workers: u32,
+    pub(super) ours: Arc<OwnedFd>,
+    #[expect(clippy::disallowed_types, reason = "see the import")]
+    state: Mutex<State>,
+}
+
+pub(super) struct State {
+    pub(super) loader: Loader,
+    pub(super) maps: NodeMaps,
+    /// The pods that this process enrolled, so that a release finds their namespace.
+    pub(super) netns: BTreeMap<NetnsCookie, Arc<Netns>>,
+}
+
+impl Node {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        // Every step leaves the kernel's state valid, so a panic between steps poisons nothing.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node")
+            .field("generation", &self.generation)
+            .field("workers", &self.workers)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Loads programs from the embedded object against pinned maps.
+pub(super) struct Loader(EbpfLoader<'static>);
+
+impl Loader {
+    fn new() -> Self {
+        let mut loader = EbpfLoader::new();
+        // Nothing of ours depends on the kernel's own types.
+        loader.btf(None);
+        Self(loader)
+    }
+
+    /// Swaps in this binary's programs over the pinned maps.
+    fn adopt(&mut self, found: &Generation) -> Result<(Generation, NodeMaps), Error> {
+        tracing::info!(pins = %found.dir.display(), "adopting pinned capture");
+        let mut object = self.object(&found.dir, None)?;
+        let root = preflight::cgroup_root()?;
+        for (name, link) in CONNECT {
+            let pin = found.dir.join(link);
+            attach_connect(&mut object, name, &root, std::slice::from_ref(&pin), &pin)?;
+        }
+        let adopted = Generation {
+            number: found.number,
+            abi: found.abi,
+            dir: found.dir.clone(),
+        };
+        Ok((adopted, NodeMaps::take(&mut object)?))
+    }
+
+    /// Builds a new generation, with every pod of the old ones in it, before the first program is
+    /// swapped: from the swap on the new maps decide, and they know every pod.
+    fn replace(
+        &mut self,
+        pin_dir: &Path,
+        old: &[Generation],
+    ) -> Result<(Generation, NodeMaps), Error> {
+        let next = Generation::next(pin_dir, old.first());
+        for old in old {
+            tracing::warn!(
+                pins = %old.dir.display(), abi = old.abi, ours = ABI_VERSION,
+                "these pins cannot be adopted; replacing them, pods stay captured"
+            );
+        }
+        let unfinished = Generation {
+            dir: pins::unfinished_node(pin_dir),
+            ..Generation::next(pin_dir, old.first())
+        };
+        pins::create(&unfinished.dir)?;
+        pins::create(&unfinished.dir.join(pins::PODS))?;
+        // The old process may still be draining: the sockets that it tags must stay exempt.
+        if let Some(old) = old.iter().find(|old| maps::OURS.is_at(&old.dir)) {
+            let pin = unfinished.dir.join(maps::OURS.name);
+            sys::object_pin(maps::ours(&old.dir)?, &pin).map_err(Error::pin(&pin))?;
+        }
+        let mut object = self.object(&unfinished.dir, None)?;
+        let mut maps = NodeMaps::take(&mut object)?;
+        for old in old {
+            for cookie in old.pods()? {
+                self.replace_pod(&unfinished, &mut maps, old, cookie)?;
+            }
+        }
+        let root = preflight::cgroup_root()?;
+        for (name, link) in CONNECT {
+            let pins = old.iter().map(|old| old.dir.join(link)).collect::<Vec<_>>();
+            let pin = unfinished.dir.join(link);
+            attach_connect(&mut object, name, &root, &pins, &pin)?;
+        }
+        pins::publish(&unfinished.dir, &next.dir)?;
+        tracing::info!(pins = %next.dir.display(), "capture loaded");
+        Ok((next, maps))
+    }
+
+    /// Carries one pod over, closed: its settings are not readable, its listeners gone.
+    fn replace_pod(
+        &mut self,
+        into: &Generation,
+        maps: &mut NodeMaps,
+        old: &Generation,
+        cookie: NetnsCookie,
+    ) -> Result<(), Error> {
+        let dir = into.pod(cookie);
+        let was = old.pod(cookie);
+        if dir.exists() || pins::netns_inode(&was).unwrap_or_default() == Some(0) {
+            return Ok(());
+        }
+        let (outbound, inbound) = maps::closed_rules()?;
+        maps.put_pod(cookie, &outbound)?;
+        pins::create(&dir)?;
+        let mut object = self.object(&into.dir, Some(&dir))?;
+        PodMaps::open(&dir)?.set_rules(&inbound)?;
+        let program = sk_lookup(&mut object)?;
+        let program = program.fd().map_err(Error::program(program::SK_LOOKUP))?;
+        let pin = dir.join(pins::LINK);
+        match pins::swap(&was.join(pins::LINK), program) {
+            Ok(Some(link)) => sys::object_pin(link, &pin).map_err(Error::pin(&pin))?,
+            // Its connections stay bound to `lo`; the next enrolment attaches it again.
+            Ok(None) => tracing::warn!(%cookie, "the pod's link is gone from its pins"),
+            Err(error) => tracing::warn!(%cookie, %error, "the pod's link cannot be carried over"),
+        }
+        Ok(())
+    }
+
+    /// The object with its maps as pinned in these directories; those missing there are created and
+    /// pinned. Without a pod's directory the pod's maps are made, and go with the object.
+    pub(super) fn object(&mut self, node: &Path, pod: Option<&Path>) -> Result<Ebpf, Error> {
+        for shape in &NODE_MAPS {
+            self.0.map_pin_path(shape.name, node.join(shape.name));
+        }
+        if let Some(pod) = pod {
+            for shape in &POD_MAPS {
+                self.0.map_pin_path(shape.name, pod.join(shape.name));
+            }
+        }
+        Ok(self.0.load(OBJECT)?)
+    }
+}
+
+/// Whether the pins are ours to use as they are. A missing map would be made anew by the loader, and
+/// empty: every pod in it would be open.
+fn adoptable(generation: &Generation) -> bool {
+    generation.abi == ABI_VERSION && NODE_MAPS.iter().all(|shape| shape.is_at(&generation.dir))
+}
+
+/// Swaps the program into the first living link of `old`, or attaches it anew; either way the link
+/// is pinned at `pin` afterwards.
+fn attach_connect(
+    object: &mut Ebpf,
+    name: &'static str,
+    root: &Path,
+    old: &[PathBuf],
+    pin: &Path,
+) -> Result<(), Error> {
+    let program: &mut CgroupSockAddr = program_of(object, name)?;
+    program.load().map_err(Error::program(name))?;
+    for old in old {
+        match pins::swap(old, program.fd().map_err(Error::program(name))?) {
+            Ok(Some(_)) if old == pin => return Ok(()),
+            Ok(Some(link)) => return sys::object_pin(link, pin).map_err(Error::pin(pin)),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "attaching anew beside it"),
+        }
+    }
+    let root = File::open(root).map_err(Error::pin(root))?;
+    // A link always lets other programs be attached beside it; the kernel refuses the flag.
+    let attached = program
+        .attach(root, CgroupAttachMode::Single)
+        .map_err(Error::program(name))?;
+    let link = program.take_link(attached).map_err(Error::program(name))?;
+    let link = FdLink::try_from(link).map_err(|source| Error::Link { name, source })?;
+    pin_link(link, pin)
+}
+
+/// Attaches a loaded `sk_lookup` to a pod and pins the link.
+pub(super) fn attach_sk_lookup(
+    program: &mut SkLookup,
+    netns: &Netns,
+    pin: &Path,
+) -> Result<(), Error> {
+    let failed = Error::program(program::SK_LOOKUP);
+    let attached = program.attach(netns.file()).map_err(&failed)?;
+    let link = program.take_link(attached).map_err(&failed)?;
+    pin_link(link.into(), pin)
+}
+
+/// The object's `sk_lookup`, loaded.
+pub(super) fn sk_lookup(object: &mut Ebpf) -> Result<&mut SkLookup, Error> {
+    let program: &mut SkLookup = program_of(object, program::SK_LOOKUP)?;
+    program.load().map_err(Error::program(program::SK_LOOKUP))?;
+    Ok(program)
+}
+
+fn program_of<'a, P>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, Error>
+where
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    let program = object
+        .program_mut(name)
+        .ok_or(Error::ProgramMissing { name })?;
+    program.try_into().map_err(Error::program(name))
+}
+
+/// Pins a new link in the place of a dead one, if there is one.
+fn pin_link(link: FdLink, pin: &Path) -> Result<(), Error> {
+    pins::remove_file(pin)?;
+    link.pin(pin).map(drop).map_err(|source| Error::PinLink {
+        path: pin.to_path_buf(),
+        source,
+    })
+}
+
+const CONNECT: [(&str, &str); 2] = [
+    (program::CONNECT4, pins::CONNECT4),
+    (program::CONNECT6, pins::CONNECT6),
+];
+
+/// What `cargo xtask setup` built.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ztunnel-ebpf.o"));

@@ -1,0 +1,114 @@
+//! Listeners in a pod: takes its namespace, gives every worker one listener per kind. They are
+//! found by the kernel side's map, so their port matters to nobody; it never fails for a taken one.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{Error, Netns};
+
+/// One worker's listeners in one pod, nonblocking. An accepted socket's local address is the one that
+/// the peer dialled.
+#[derive(Debug)]
+pub struct WorkerListeners {
+    /// The pod's own connections. Local address: the original destination.
+    pub outbound: TcpListener,
+    /// HBONE from other nodes.
+    pub hbone: TcpListener,
+    /// Plaintext from outside, under [`super::PlaintextVerdict::Proxy`].
+    pub plaintext: TcpListener,
+}
+
+/// Opens the listeners of every worker. True beside them: some port was taken by the application, so
+/// another serves in its place.
+pub(super) fn open(netns: &Netns, workers: u32) -> Result<(Vec<WorkerListeners>, bool), Error> {
+    let mut displaced = false;
+    let sets = netns
+        .run(|| {
+            (0..workers)
+                .map(|_| {
+                    Ok(WorkerListeners {
+                        outbound: listen(OUTBOUND, &mut displaced)?,
+                        hbone: listen(HBONE, &mut displaced)?,
+                        plaintext: listen(PLAINTEXT, &mut displaced)?,
+                    })
+                })
+                .collect::<Result<Vec<_>, Error>>()
+        })
+        .map_err(Error::NetnsEnter)??;
+    Ok((sets, displaced))
+}
+
+struct Kind {
+    purpose: &'static str,
+    port: u16,
+    captured: bool,
+}
+
+fn listen(kind: Kind, displaced: &mut bool) -> Result<TcpListener, Error> {
+    let purpose = kind.purpose;
+    let listener = match bound(&kind, kind.port) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            *displaced = true;
+            bound(&kind, 0)
+        }
+        other => other,
+    };
+    let listener = listener.and_then(|socket| socket.listen(BACKLOG).map(|()| socket));
+    listener
+        .map(TcpListener::from)
+        .map_err(|source| Error::Listen { purpose, source })
+}
+
+fn bound(kind: &Kind, port: u16) -> io::Result<Socket> {
+    let stream = Type::STREAM.nonblocking();
+    let (socket, any) = match Socket::new(Domain::IPV6, stream, Some(Protocol::TCP)) {
+        Ok(socket) => {
+            socket.set_only_v6(false)?;
+            (socket, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))
+        }
+        // A kernel without IPv6.
+        Err(_) => (
+            Socket::new(Domain::IPV4, stream, Some(Protocol::TCP))?,
+            SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
+        ),
+    };
+    // The listeners of the other workers, and those of the process that we replace, share the port.
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    if kind.captured {
+        // It answers in the name of addresses that are not the pod's, and only on the device that
+        // the connecting socket is bound to.
+        if any.is_ipv6() {
+            socket.set_ip_transparent_v6(true)?;
+        } else {
+            socket.set_ip_transparent_v4(true)?;
+        }
+        socket.bind_device(Some(b"lo"))?;
+    }
+    socket.bind(&any.into())?;
+    Ok(socket)
+}
+
+// PROTOCOL.md#ports
+const OUTBOUND: Kind = Kind {
+    purpose: "outbound connections",
+    port: 15001,
+    captured: true,
+};
+const HBONE: Kind = Kind {
+    purpose: "HBONE",
+    port: ebpf_abi::HBONE_PORT,
+    captured: false,
+};
+const PLAINTEXT: Kind = Kind {
+    purpose: "plaintext",
+    port: 15006,
+    captured: false,
+};
+
+/// Bursts wait here while a worker is busy; the kernel caps it at `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;

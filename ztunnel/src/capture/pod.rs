@@ -1,0 +1,192 @@
+//! One pod's capture: takes its namespace and settings, gives listeners, a dialer and a way to change
+//! the settings. It never captures a connection before somebody can accept it.
+
+use std::{path::Path, sync::Arc};
+
+use ebpf_abi::InboundRules;
+
+use super::{
+    Dialer, Error, Netns, NetnsCookie, PodSettings, WorkerListeners,
+    bpf::{self, Node, State},
+    listen,
+    maps::{POD_MAPS, PodMaps},
+    pins, route,
+};
+
+/// A pod that this process captures. Dropping it changes nothing; [`super::Capture::release`] does.
+#[derive(Clone, Debug)]
+pub struct PodCapture {
+    node: Arc<Node>,
+    netns: Arc<Netns>,
+    ports_displaced: bool,
+}
+
+impl PodCapture {
+    /// Everything that a captured connection meets comes first, the entry that captures last.
+    pub(super) fn enrol(
+        node: &Arc<Node>,
+        netns: &Arc<Netns>,
+        settings: &PodSettings,
+    ) -> Result<(Self, Vec<WorkerListeners>), Error> {
+        let outbound = settings.outbound()?;
+        let cookie = netns.cookie();
+        let mut state = node.lock();
+        let dir = node.generation.pod(cookie);
+        let known = dir.exists();
+        let turned_on = route::install(netns)?;
+        let (listeners, ports_displaced) = listen::open(netns, node.workers)?;
+        let base = InboundRules {
+            workers: node.workers,
+            owns_fwmark_accept: u32::from(turned_on),
+            ..InboundRules::default()
+        };
+        let prepared = if known && POD_MAPS.iter().all(|shape| shape.is_at(&dir)) {
+            take_over(node, &mut state, netns, settings, &base, &listeners)
+        } else {
+            publish(node, &mut state, netns, settings, &base, &listeners)
+        };
+        let captured = prepared
+            .and_then(|()| state.maps.replace_cidrs(cookie, &settings.cidrs(cookie)))
+            .and_then(|()| state.maps.put_pod(cookie, &outbound));
+        if let Err(error) = captured {
+            // A pod that was captured before stays so, with whatever settings arrived.
+            if !known {
+                undo(node, &mut state, netns, turned_on);
+            }
+            return Err(error);
+        }
+        state.netns.insert(cookie, Arc::clone(netns));
+        drop(state);
+        tracing::info!(%cookie, adopted = known, ports_displaced, "pod captured");
+        let pod = Self {
+            node: Arc::clone(node),
+            netns: Arc::clone(netns),
+            ports_displaced,
+        };
+        Ok((pod, listeners))
+    }
+
+    /// The pod's namespace, as the kernel side knows it.
+    pub fn cookie(&self) -> NetnsCookie {
+        self.netns.cookie()
+    }
+
+    /// Whether the application holds one of our usual ports, so that we listen on another. Capture
+    /// does not depend on ports.
+    pub const fn ports_displaced(&self) -> bool {
+        self.ports_displaced
+    }
+
+    /// Changes the settings; connections that are open keep theirs. Take a new dialer if the
+    /// addresses changed.
+    ///
+    /// # Errors
+    /// The settings do not fit, or the pod was released.
+    pub fn update(&self, settings: &PodSettings) -> Result<(), Error> {
+        let outbound = settings.outbound()?;
+        let cookie = self.cookie();
+        let mut state = self.node.lock();
+        if !state.netns.contains_key(&cookie) {
+            return Err(Error::NotEnrolled { cookie });
+        }
+        let mut pod = PodMaps::open(&self.node.generation.pod(cookie))?;
+        let inbound = settings.inbound(&pod.rules()?)?;
+        pod.set_rules(&inbound)?;
+        state.maps.replace_cidrs(cookie, &settings.cidrs(cookie))?;
+        state.maps.put_pod(cookie, &outbound)
+    }
+
+    /// Makes sockets in the pod, which has these settings.
+    pub fn dialer(&self, settings: &PodSettings) -> Dialer {
+        Dialer {
+            netns: Arc::clone(&self.netns),
+            ours: Arc::clone(&self.node.ours),
+            addresses: settings
+                .addresses
+                .iter()
+                .map(|address| address.to_canonical())
+                .collect(),
+        }
+    }
+}
+
+/// Replaces the listeners and the program of the process before; there is always one of each.
+fn take_over(
+    node: &Node,
+    state: &mut State,
+    netns: &Netns,
+    settings: &PodSettings,
+    base: &InboundRules,
+    listeners: &[WorkerListeners],
+) -> Result<(), Error> {
+    let dir = node.generation.pod(netns.cookie());
+    let mut pod = PodMaps::open(&dir)?;
+    let before = pod.rules()?;
+    let rules = settings.inbound(&InboundRules {
+        owns_fwmark_accept: before.owns_fwmark_accept | base.owns_fwmark_accept,
+        ..*base
+    })?;
+    pod.put_listeners(listeners)?;
+    pod.set_rules(&rules)?;
+    pod.clear_listeners(node.workers)?;
+    let mut object = state.loader.object(&node.generation.dir, Some(&dir))?;
+    swap_or_attach(&mut object, netns, &dir, &dir)
+}
+
+/// Builds the pod's directory aside and gives it its name when it is complete. One that is there
+/// already lacks a map; its link is carried over.
+fn publish(
+    node: &Node,
+    state: &mut State,
+    netns: &Netns,
+    settings: &PodSettings,
+    base: &InboundRules,
+    listeners: &[WorkerListeners],
+) -> Result<(), Error> {
+    let unfinished = node.generation.unfinished_pod(netns.cookie());
+    let dir = node.generation.pod(netns.cookie());
+    pins::create(&unfinished)?;
+    let mut object = state
+        .loader
+        .object(&node.generation.dir, Some(&unfinished))?;
+    let mut pod = PodMaps::open(&unfinished)?;
+    pod.put_listeners(listeners)?;
+    pod.set_rules(&settings.inbound(base)?)?;
+    swap_or_attach(&mut object, netns, &dir, &unfinished)?;
+    pins::remove(&dir)?;
+    pins::publish(&unfinished, &dir)
+}
+
+/// Puts the program on the link pinned in `old`, or on a new one, and the link's pin in `dir`.
+fn swap_or_attach(
+    object: &mut aya::Ebpf,
+    netns: &Netns,
+    old: &Path,
+    dir: &Path,
+) -> Result<(), Error> {
+    let pin = dir.join(pins::LINK);
+    let program = bpf::sk_lookup(object)?;
+    let fd = program
+        .fd()
+        .map_err(Error::program(ebpf_abi::program::SK_LOOKUP))?;
+    match pins::swap(&old.join(pins::LINK), fd)? {
+        Some(_) if old == dir => Ok(()),
+        Some(link) => super::sys::object_pin(link, &pin).map_err(Error::pin(&pin)),
+        None => bpf::attach_sk_lookup(program, netns, &pin),
+    }
+}
+
+/// Takes back a first enrolment that failed; what cannot be taken back is logged, the error that
+/// caused it is what the caller sees.
+fn undo(node: &Node, state: &mut State, netns: &Netns, turned_on: bool) {
+    let cookie = netns.cookie();
+    let steps = [
+        state.maps.remove_pod(cookie),
+        pins::remove(&node.generation.pod(cookie)),
+        pins::remove(&node.generation.unfinished_pod(cookie)),
+        route::remove(netns, turned_on),
+    ];
+    for error in steps.into_iter().filter_map(Result::err) {
+        tracing::warn!(%cookie, %error, "cannot take back a failed enrolment");
+    }
+}

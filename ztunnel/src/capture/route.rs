@@ -1,0 +1,216 @@
+//! What a pod's network namespace needs so that an application's answers to a client come back to us:
+//! takes the namespace, adds one rule, one table and one sysctl, and takes them away again. It never
+//! touches a device other than `lo`, or an address.
+
+use std::{
+    fs, io,
+    net::{Ipv4Addr, Ipv6Addr},
+    path::Path,
+};
+
+use rtnetlink::{
+    Handle, LinkUnspec, RouteMessageBuilder, new_connection,
+    packet_route::{
+        AddressFamily,
+        route::{RouteMessage, RouteProtocol, RouteScope, RouteType},
+        rule::{RuleAction, RuleAttribute, RuleMessage},
+    },
+};
+
+use super::{Error, Netns};
+
+// PROTOCOL.md#reply-mark
+/// On our connections to the application; its answers carry it too.
+pub(super) const REPLY_MARK: u32 = 0x53a;
+
+/// Installs everything; what is there already stays. True: this call turned the sysctl on.
+pub(super) fn install(netns: &Netns) -> Result<bool, Error> {
+    netns
+        .run_apart(|| {
+            let turned_on = write_sysctl("1")?;
+            let v6 = has_v6();
+            on_netlink(async |handle| {
+                let up = LinkUnspec::new_with_index(LOOPBACK_IFINDEX).up().build();
+                accept(handle.link().set(up).execute().await, &[])
+                    .map_err(route_error("set lo up"))?;
+                for wanted in wanted(v6) {
+                    wanted.add(&handle).await?;
+                }
+                Ok(())
+            })?;
+            Ok(turned_on)
+        })
+        .map_err(Error::NetnsEnter)?
+}
+
+/// Takes away what [`install`] added; what is gone already is fine. `lo` stays up.
+pub(super) fn remove(netns: &Netns, owns_sysctl: bool) -> Result<(), Error> {
+    netns
+        .run_apart(|| {
+            if owns_sysctl {
+                write_sysctl("0")?;
+            }
+            let v6 = has_v6();
+            on_netlink(async |handle| {
+                for wanted in wanted(v6) {
+                    wanted.remove(&handle).await?;
+                }
+                Ok(())
+            })
+        })
+        .map_err(Error::NetnsEnter)?
+}
+
+enum Wanted {
+    Rule(&'static str, Box<RuleMessage>),
+    Route(&'static str, Box<RouteMessage>),
+}
+
+fn wanted(v6: bool) -> Vec<Wanted> {
+    let mut wanted = vec![
+        Wanted::Rule("IPv4 rule for marked replies", rule(AddressFamily::Inet)),
+        Wanted::Route(
+            "IPv4 route for marked replies",
+            Box::new(
+                RouteMessageBuilder::<Ipv4Addr>::new()
+                    .table_id(REPLY_TABLE)
+                    .output_interface(LOOPBACK_IFINDEX)
+                    .kind(RouteType::Local)
+                    .scope(RouteScope::Host)
+                    .protocol(RouteProtocol::Static)
+                    .build(),
+            ),
+        ),
+    ];
+    if v6 {
+        let local = || {
+            RouteMessageBuilder::<Ipv6Addr>::new()
+                .output_interface(LOOPBACK_IFINDEX)
+                .kind(RouteType::Local)
+                .protocol(RouteProtocol::Static)
+        };
+        wanted.push(Wanted::Rule(
+            "IPv6 rule for marked replies",
+            rule(AddressFamily::Inet6),
+        ));
+        wanted.push(Wanted::Route(
+            "IPv6 route for marked replies",
+            Box::new(local().table_id(REPLY_TABLE).build()),
+        ));
+        // IPv4 takes any destination for local on a socket bound to `lo`; IPv6 wants a route. In the
+        // main table and with the worst metric only such a socket finds it; in the local table, where
+        // a local route goes by itself, it would take every IPv6 connection (6.18).
+        wanted.push(Wanted::Route(
+            "IPv6 route for captured connections",
+            Box::new(local().table_id(MAIN_TABLE).priority(WORST_METRIC).build()),
+        ));
+    }
+    wanted
+}
+
+fn rule(family: AddressFamily) -> Box<RuleMessage> {
+    let mut rule = RuleMessage::default();
+    rule.header.family = family;
+    rule.header.action = RuleAction::ToTable;
+    rule.attributes = vec![
+        RuleAttribute::Priority(RULE_PRIORITY),
+        RuleAttribute::FwMark(REPLY_MARK),
+        RuleAttribute::FwMask(u32::MAX),
+        RuleAttribute::Table(REPLY_TABLE),
+    ];
+    Box::new(rule)
+}
+
+impl Wanted {
+    async fn add(self, handle: &Handle) -> Result<(), Error> {
+        match self {
+            Self::Rule(purpose, message) => {
+                let mut request = handle.rule().add();
+                *request.message_mut() = *message;
+                accept(request.execute().await, &[libc::EEXIST]).map_err(route_error(purpose))
+            }
+            Self::Route(purpose, message) => accept(
+                handle.route().add(*message).execute().await,
+                &[libc::EEXIST],
+            )
+            .map_err(route_error(purpose)),
+        }
+    }
+
+    async fn remove(self, handle: &Handle) -> Result<(), Error> {
+        const GONE: &[i32] = &[libc::ENOENT, libc::ESRCH, libc::ENODEV];
+        match self {
+            Self::Rule(purpose, message) => {
+                accept(handle.rule().del(*message).execute().await, GONE)
+                    .map_err(route_error(purpose))
+            }
+            Self::Route(purpose, message) => {
+                accept(handle.route().del(*message).execute().await, GONE)
+                    .map_err(route_error(purpose))
+            }
+        }
+    }
+}
+
+/// Takes the listed errors of the kernel for success.
+fn accept(answer: Result<(), rtnetlink::Error>, fine: &[i32]) -> Result<(), rtnetlink::Error> {
+    match answer {
+        Err(rtnetlink::Error::NetlinkError(message))
+            if fine.contains(&message.raw_code().saturating_neg()) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+fn route_error(purpose: &'static str) -> impl Fn(rtnetlink::Error) -> Error {
+    move |error| Error::Route {
+        purpose,
+        answer: error.to_string(),
+    }
+}
+
+fn on_netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, Error>) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(Error::Runtime)?;
+    runtime.block_on(async {
+        let (connection, handle, _messages) = new_connection().map_err(Error::Runtime)?;
+        let pump = tokio::spawn(connection);
+        let answer = work(handle).await;
+        pump.abort();
+        answer
+    })
+}
+
+/// One sysctl serves both families. True if it had another value.
+fn write_sysctl(value: &str) -> Result<bool, Error> {
+    let path = Path::new(FWMARK_ACCEPT);
+    let sysctl = |source: io::Error| Error::Sysctl {
+        path: path.to_path_buf(),
+        source,
+    };
+    if fs::read_to_string(path).map_err(sysctl)?.trim() == value {
+        return Ok(false);
+    }
+    fs::write(path, value).map_err(sysctl)?;
+    Ok(true)
+}
+
+fn has_v6() -> bool {
+    fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+        .is_ok_and(|value| value.trim() == "0")
+}
+
+// Opening it inside the namespace shows the namespace's own value.
+const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+const LOOPBACK_IFINDEX: u32 = 1;
+/// The number of the plaintext port; free in the tables that distributions name.
+const REPLY_TABLE: u32 = 15006;
+const MAIN_TABLE: u32 = 254;
+/// Before `main` (32766) and the rules that `ip rule add` puts right above it.
+const RULE_PRIORITY: u32 = 32763;
+/// The largest that is not the kernel's own "unset".
+const WORST_METRIC: u32 = u32::MAX - 1;

@@ -1,0 +1,182 @@
+//! What a pod wants of its capture: takes addresses, ports and networks, gives the rules of the
+//! kernel side. It never silently shortens a list.
+
+use std::net::IpAddr;
+
+use ebpf_abi::{
+    Address, CIDR_COOKIE_BITS, CidrKey, InboundRules, MAX_ADDRESSES, MAX_PORTS, OutboundRules,
+    PLAINTEXT_DROP, PLAINTEXT_PASS, PLAINTEXT_PROXY,
+};
+use ipnet::IpNet;
+
+use super::{Error, NetnsCookie};
+
+/// What the kernel side must know of one pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodSettings {
+    /// The pod's own addresses: traffic to them stays in the pod.
+    pub addresses: Vec<IpAddr>,
+    /// What happens to connections from outside that are not HBONE.
+    pub plaintext: PlaintextVerdict,
+    /// Destination ports that are not captured.
+    pub excluded_outbound_ports: Vec<u16>,
+    /// Destination networks that are not captured.
+    pub excluded_outbound_cidrs: Vec<IpNet>,
+    /// Ports of the pod that are reached without us.
+    pub excluded_inbound_ports: Vec<u16>,
+}
+
+/// What happens to connections from outside that are not HBONE.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PlaintextVerdict {
+    /// Refused at the SYN.
+    #[default]
+    Drop,
+    /// Given to the plaintext listener.
+    Proxy,
+    /// Straight to the application.
+    Pass,
+}
+
+impl PodSettings {
+    pub(super) fn outbound(&self) -> Result<OutboundRules, Error> {
+        Ok(OutboundRules {
+            addresses: self.address_slots()?,
+            excluded_ports: port_slots("excluded outbound ports", &self.excluded_outbound_ports)?,
+            has_cidrs: u32::from(!self.excluded_outbound_cidrs.is_empty()),
+        })
+    }
+
+    /// With the fields that are not the pod's to choose taken from `base`.
+    pub(super) fn inbound(&self, base: &InboundRules) -> Result<InboundRules, Error> {
+        Ok(InboundRules {
+            addresses: self.address_slots()?,
+            excluded_ports: port_slots("excluded inbound ports", &self.excluded_inbound_ports)?,
+            plaintext: match self.plaintext {
+                PlaintextVerdict::Drop => PLAINTEXT_DROP,
+                PlaintextVerdict::Proxy => PLAINTEXT_PROXY,
+                PlaintextVerdict::Pass => PLAINTEXT_PASS,
+            },
+            workers: base.workers,
+            owns_fwmark_accept: base.owns_fwmark_accept,
+        })
+    }
+
+    /// Prefix length and data of every excluded network.
+    pub(super) fn cidrs(&self, cookie: NetnsCookie) -> Vec<(u32, CidrKey)> {
+        self.excluded_outbound_cidrs
+            .iter()
+            .map(|network| {
+                let bits = match network {
+                    IpNet::V4(network) => 96 + u32::from(network.prefix_len()),
+                    IpNet::V6(network) => u32::from(network.prefix_len()),
+                };
+                let key = CidrKey {
+                    cookie: cookie.0,
+                    address: address(network.network()),
+                };
+                (CIDR_COOKIE_BITS + bits, key)
+            })
+            .collect()
+    }
+
+    fn address_slots(&self) -> Result<[Address; MAX_ADDRESSES], Error> {
+        let mut slots = [Address::default(); MAX_ADDRESSES];
+        if self.addresses.len() > MAX_ADDRESSES {
+            return Err(Error::TooMany {
+                what: "addresses",
+                count: self.addresses.len(),
+                max: MAX_ADDRESSES,
+            });
+        }
+        for (slot, own) in slots.iter_mut().zip(&self.addresses) {
+            *slot = address(*own);
+        }
+        Ok(slots)
+    }
+}
+
+fn port_slots(what: &'static str, ports: &[u16]) -> Result<[u16; MAX_PORTS], Error> {
+    if ports.len() > MAX_PORTS {
+        return Err(Error::TooMany {
+            what,
+            count: ports.len(),
+            max: MAX_PORTS,
+        });
+    }
+    let mut slots = [0; MAX_PORTS];
+    for (slot, port) in slots.iter_mut().zip(ports) {
+        *slot = *port;
+    }
+    Ok(slots)
+}
+
+/// As the kernel's contexts show it: network order, IPv4 in its v4-mapped form.
+fn address(ip: IpAddr) -> Address {
+    let octets = match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    };
+    let mut words = [0; 4];
+    let (chunks, _) = octets.as_chunks::<4>();
+    for (word, chunk) in words.iter_mut().zip(chunks) {
+        *word = u32::from_ne_bytes(*chunk);
+    }
+    Address(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn v4_addresses_take_their_mapped_form() {
+        let v4 = address("10.1.2.3".parse().unwrap());
+        assert_eq!(v4, Address::from_v4(u32::from_ne_bytes([10, 1, 2, 3])));
+        assert_eq!(v4, address("::ffff:10.1.2.3".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_v4_prefix_counts_the_mapped_bits_and_the_cookie() {
+        let settings = PodSettings {
+            excluded_outbound_cidrs: vec![
+                "10.0.0.0/8".parse().unwrap(),
+                "fd00::/48".parse().unwrap(),
+                "10.1.2.3/0".parse().unwrap(),
+            ],
+            ..PodSettings::default()
+        };
+        let keys = settings.cidrs(NetnsCookie(7));
+        assert_eq!(
+            keys.iter().map(|(bits, _)| *bits).collect::<Vec<_>>(),
+            [64 + 96 + 8, 64 + 48, 64 + 96]
+        );
+        assert!(keys.iter().all(|(_, key)| key.cookie == 7));
+        // The whole of IPv4 excludes nothing of IPv6.
+        assert_eq!(keys[2].1.address, address("0.0.0.0".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_list_that_does_not_fit_is_an_error() {
+        let ports = PodSettings {
+            excluded_outbound_ports: (1..=17).collect(),
+            ..PodSettings::default()
+        };
+        assert!(matches!(
+            ports.outbound(),
+            Err(Error::TooMany { max: 16, .. })
+        ));
+        let addresses = PodSettings {
+            addresses: (1..=9).map(|n| IpAddr::from([10, 0, 0, n])).collect(),
+            ..PodSettings::default()
+        };
+        assert!(matches!(
+            addresses.outbound(),
+            Err(Error::TooMany { max: 8, .. })
+        ));
+        assert!(matches!(
+            addresses.inbound(&InboundRules::default()),
+            Err(Error::TooMany { max: 8, .. })
+        ));
+    }
+}

@@ -1,0 +1,212 @@
+//! The system calls that aya, nix and socket2 do not have: links by pin, program swap on a live link,
+//! socket tags, netns cookies. It takes descriptors and paths, gives descriptors and numbers; the
+//! only unsafe code of this package.
+#![expect(
+    unsafe_code,
+    reason = "bpf(2) and getsockopt(2) read and write through pointers; \
+              everything unsafe of the package is in this file"
+)]
+
+use std::{
+    ffi::{CString, c_char, c_int, c_long, c_void},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+/// Opens the object pinned at `path`.
+pub(super) fn object_get(path: &Path) -> io::Result<OwnedFd> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let attr = ObjectAttr {
+        path: name.as_ptr(),
+        fd: 0,
+        flags: 0,
+    };
+    // SAFETY: `name` outlives the call.
+    let fd = unsafe { bpf(BPF_OBJ_GET, &attr) }?;
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+    // JUSTIFICATION: aya opens pinned links too, but keeps their descriptor to itself.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Pins an object at `path`.
+pub(super) fn object_pin(object: impl AsFd, path: &Path) -> io::Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let attr = ObjectAttr {
+        path: name.as_ptr(),
+        fd: object.as_fd().as_raw_fd(),
+        flags: 0,
+    };
+    // SAFETY: `name` outlives the call.
+    unsafe { bpf(BPF_OBJ_PIN, &attr) }.map(drop)
+}
+
+/// Swaps the program of a live link; no packet or connection meets a moment without one.
+pub(super) fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+    let attr = LinkUpdateAttr {
+        link: link.as_fd().as_raw_fd(),
+        program: program.as_fd().as_raw_fd(),
+        flags: 0,
+        old_program: 0,
+    };
+    // SAFETY: the attributes hold no pointer.
+    // JUSTIFICATION: aya updates XDP and TC links only.
+    unsafe { bpf(BPF_LINK_UPDATE, &attr) }.map(drop)
+}
+
+/// Detaches a link, whoever else still holds it.
+pub(super) fn link_detach(link: impl AsFd) -> io::Result<()> {
+    let attr = LinkDetachAttr {
+        link: link.as_fd().as_raw_fd(),
+    };
+    // SAFETY: the attributes hold no pointer.
+    unsafe { bpf(BPF_LINK_DETACH, &attr) }.map(drop)
+}
+
+/// The inode of the network namespace that a link is attached to; 0 when that is gone.
+pub(super) fn link_netns_inode(link: impl AsFd) -> io::Result<u32> {
+    let mut info = LinkInfo::default();
+    let attr = InfoAttr {
+        fd: link.as_fd().as_raw_fd(),
+        length: LINK_INFO_BYTES,
+        info: (&raw mut info).cast(),
+    };
+    // SAFETY: `info` outlives the call and is `length` bytes long.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &attr) }?;
+    if info.kind == BPF_LINK_TYPE_NETNS {
+        Ok(info.netns_inode)
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("link of type {}, not of a network namespace", info.kind),
+        ))
+    }
+}
+
+/// Puts a socket into a socket-storage map: from now on the kernel side knows it for ours.
+pub(super) fn socket_tag(map: impl AsFd, socket: impl AsFd) -> io::Result<()> {
+    let key: RawFd = socket.as_fd().as_raw_fd();
+    let value: u32 = 1;
+    let attr = MapUpdateAttr {
+        map: map.as_fd().as_raw_fd(),
+        padding: 0,
+        key: (&raw const key).cast(),
+        value: (&raw const value).cast(),
+        flags: 0,
+    };
+    // SAFETY: `key` and `value` outlive the call and have the sizes of the map, which is checked when
+    // it is opened.
+    // JUSTIFICATION: aya's handle wants `&mut` for an update, but every worker tags its sockets
+    // through one shared descriptor.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &attr) }.map(drop)
+}
+
+/// The cookie of the network namespace that a socket belongs to: unique until the next boot.
+pub(super) fn socket_netns_cookie(socket: impl AsFd) -> io::Result<u64> {
+    let mut cookie: u64 = 0;
+    let mut length: libc::socklen_t = COOKIE_BYTES;
+    // SAFETY: `cookie` and `length` outlive the call, and `length` is the size of `cookie`.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if answer == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// # Safety
+/// Every pointer in `attr` is valid for what `command` does with it, for the time of the call.
+unsafe fn bpf<T>(command: c_int, attr: &T) -> io::Result<c_long> {
+    // SAFETY: `attr` is a prefix of `union bpf_attr` of the length given; the kernel takes the rest for
+    // zero. What it points to is the caller's promise.
+    // JUSTIFICATION: the C library has no wrapper.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attr).cast::<c_void>(),
+            size_of::<T>(),
+        )
+    };
+    if answer < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(answer)
+    }
+}
+
+// From linux/bpf.h; stable ABI. Pointers are 64 bits wide there.
+const _: () = assert!(size_of::<*const c_void>() == 8, "64-bit kernels only");
+
+#[repr(C)]
+struct ObjectAttr {
+    path: *const c_char,
+    fd: RawFd,
+    flags: u32,
+}
+
+#[repr(C)]
+struct LinkUpdateAttr {
+    link: RawFd,
+    program: RawFd,
+    flags: u32,
+    old_program: u32,
+}
+
+#[repr(C)]
+struct LinkDetachAttr {
+    link: RawFd,
+}
+
+#[repr(C)]
+struct InfoAttr {
+    fd: RawFd,
+    length: u32,
+    info: *mut c_void,
+}
+
+#[repr(C)]
+struct MapUpdateAttr {
+    map: RawFd,
+    padding: u32,
+    key: *const c_void,
+    value: *const c_void,
+    flags: u64,
+}
+
+/// `struct bpf_link_info` as far as a netns link fills it.
+#[repr(C)]
+#[derive(Default)]
+struct LinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    padding: u32,
+    netns_inode: u32,
+    attach_type: u32,
+}
+
+const LINK_INFO_BYTES: u32 = 24;
+const COOKIE_BYTES: libc::socklen_t = 8;
+const _: () = assert!(size_of::<LinkInfo>() == 24);
+
+const BPF_MAP_UPDATE_ELEM: c_int = 2;
+const BPF_OBJ_PIN: c_int = 6;
+const BPF_OBJ_GET: c_int = 7;
+const BPF_OBJ_GET_INFO_BY_FD: c_int = 15;
+const BPF_LINK_UPDATE: c_int = 29;
+const BPF_LINK_DETACH: c_int = 34;
+const BPF_LINK_TYPE_NETNS: u32 = 5;
+const SO_NETNS_COOKIE: c_int = 71;
