@@ -26,3 +26,4 @@ pub mod passthrough;
 pub mod admin;
 pub mod app;
 pub mod config;
+pub mod logging;

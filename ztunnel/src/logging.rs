@@ -1,0 +1,178 @@
+//! Where lines go and how they look. Takes a format and a filter, gives the process its tracing
+//! subscriber: one line is one record, whatever a peer puts into a value; never holds a worker up:
+//! when standard output is slow, lines are dropped and counted.
+
+mod json;
+mod plain;
+
+use std::io::{self, BufWriter};
+
+use thiserror::Error;
+use tracing::Subscriber;
+use tracing::subscriber::SetGlobalDefaultError;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, ParseError};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::layer::SubscriberExt as _;
+
+use crate::account::{Family, Kind, Source};
+
+/// How a line looks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// One JSON object.
+    Json,
+    /// Columns, separated by tabs.
+    #[default]
+    Plain,
+}
+
+/// Keeps the writer alive. Dropping it writes what is still buffered, waiting a second at most.
+#[derive(Debug)]
+#[must_use]
+pub struct Guard {
+    dropped: ErrorCounter,
+    _flush: WorkerGuard,
+}
+
+/// Why logging could not start.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A part of the filter is neither a level nor `target=level`. Taken as a target, a misspelled
+    /// level would silence everything else.
+    #[error(
+        "RUST_LOG: {0:?} is neither a level (off, error, warn, info, debug, trace) nor target=level"
+    )]
+    Directive(String),
+    /// A part of the filter is not understood.
+    #[error("RUST_LOG is {filter:?}")]
+    Filter {
+        /// The whole filter.
+        filter: String,
+        /// What is wrong.
+        source: ParseError,
+    },
+    /// The process has a subscriber already.
+    #[error("start logging")]
+    Started(#[source] SetGlobalDefaultError),
+}
+
+/// Sends the lines of this process that pass the filter to standard output. An empty filter means
+/// `info`. Called once, at start.
+///
+/// # Errors
+/// When the filter is not understood, or logging was started before.
+pub fn init(format: Format, filter: &str) -> Result<Guard, Error> {
+    let filter = parse(filter)?;
+    let (writer, flush) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(BUFFERED_LINES)
+        .thread_name("log")
+        .finish(BufWriter::new(io::stdout()));
+    let guard = Guard {
+        dropped: writer.error_counter(),
+        _flush: flush,
+    };
+    tracing::subscriber::set_global_default(subscriber(format, filter, SystemTime, writer))
+        .map_err(Error::Started)?;
+    Ok(guard)
+}
+
+impl Guard {
+    /// The rows about logging itself.
+    #[must_use]
+    pub fn source(&self) -> Box<dyn Source> {
+        Box::new(Dropped(self.dropped.clone()))
+    }
+}
+
+#[derive(Debug)]
+struct Dropped(ErrorCounter);
+
+impl Source for Dropped {
+    fn families(&self) -> Vec<Family> {
+        vec![Family::single(
+            "ztunnel_log_lines_dropped",
+            "Log lines that were dropped because standard output was slower than the lines",
+            Kind::Counter,
+            u64::try_from(self.0.dropped_lines()).unwrap_or(u64::MAX),
+        )]
+    }
+}
+
+fn subscriber<T, W>(
+    format: Format,
+    filter: EnvFilter,
+    time: T,
+    writer: W,
+) -> Box<dyn Subscriber + Send + Sync>
+where
+    T: FormatTime + Send + Sync + 'static,
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let lines = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .log_internal_errors(false)
+        .with_writer(writer);
+    let registry = tracing_subscriber::registry().with(filter);
+    match format {
+        Format::Json => Box::new(
+            registry.with(
+                lines
+                    .fmt_fields(json::Fields)
+                    .event_format(json::Event(time)),
+            ),
+        ),
+        Format::Plain => Box::new(
+            registry.with(
+                lines
+                    .fmt_fields(plain::Fields)
+                    .event_format(plain::Event(time)),
+            ),
+        ),
+    }
+}
+
+fn parse(filter: &str) -> Result<EnvFilter, Error> {
+    let directives: Vec<_> = filter
+        .split(',')
+        .map(str::trim)
+        .filter(|directive| !directive.is_empty())
+        .collect();
+    if directives.is_empty() {
+        return Ok(EnvFilter::new("info"));
+    }
+    for directive in &directives {
+        if !directive.contains('=') && directive.parse::<LevelFilter>().is_err() {
+            return Err(Error::Directive((*directive).to_owned()));
+        }
+    }
+    EnvFilter::builder()
+        .parse(directives.join(","))
+        .map_err(|source| Error::Filter {
+            filter: filter.to_owned(),
+            source,
+        })
+}
+
+/// The level as both formats print it.
+fn level(level: &tracing::Level) -> &'static str {
+    match *level {
+        tracing::Level::ERROR => "error",
+        tracing::Level::WARN => "warn",
+        tracing::Level::INFO => "info",
+        tracing::Level::DEBUG => "debug",
+        tracing::Level::TRACE => "trace",
+    }
+}
+
+/// Stands for the rest of a value that refuses to be formatted.
+const UNPRINTABLE: &str = "<unprintable>";
+
+/// Lines that wait for standard output: about 8 MiB when all are access lines.
+const BUFFERED_LINES: usize = 16_384;
+
+#[cfg(test)]
+pub(crate) mod tests;

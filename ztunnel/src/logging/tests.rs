@@ -1,0 +1,168 @@
+use std::convert::Infallible;
+use std::io::Write;
+use std::sync::mpsc::Receiver;
+#[expect(clippy::disallowed_types, reason = "a test's own buffer")]
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+/// Runs `f` under a subscriber of this format and filter; gives what it wrote, with `TIME` as time.
+pub(crate) fn logged(format: Format, filter: &str, f: impl FnOnce()) -> String {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let time: fn(&mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result =
+        |w| w.write_str("TIME");
+    let subscriber = subscriber(format, parse(filter).unwrap(), time, move || writer.clone());
+    tracing::subscriber::with_default(subscriber, f);
+    let lines = lines.0.lock().unwrap();
+    String::from_utf8(lines.clone()).unwrap()
+}
+
+#[derive(Clone, Default)]
+#[expect(clippy::disallowed_types, reason = "a test's own buffer")]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+const INJECTION: &str = "a b\"\n2026-01-01T00:00:00Z\tinfo\taccess\tforged=1\\ \u{1b}[31m\u{2028}";
+
+#[test]
+fn plain_columns_are_separated_by_tabs_and_text_is_quoted() {
+    let lines = logged(Format::Plain, "debug", || {
+        let span = tracing::debug_span!("outbound", id = %"0a", more = tracing::field::Empty);
+        let _entered = span.enter();
+        span.record("more", "text");
+        tracing::warn!(target: "room", n = 1, ok = true, shown = %"10.0.0.1:80", text = "t", "said {}", 2);
+        tracing::debug!(target: "room", parent: None, "bare");
+    });
+    assert_eq!(
+        lines,
+        "TIME\twarn\troom:outbound{id=0a more=\"text\"}\tsaid 2\tn=1 ok=true shown=10.0.0.1:80 \
+         text=\"t\"\nTIME\tdebug\troom\tbare\n"
+    );
+}
+
+#[test]
+fn json_is_one_object_with_level_time_scope_fields_then_spans() {
+    let lines = logged(Format::Json, "debug", || {
+        let span = tracing::debug_span!("outbound", id = %"0a", more = tracing::field::Empty);
+        let _entered = span.enter();
+        span.record("more", "text");
+        tracing::warn!(target: "room", n = 1, ok = true, text = "t", "said {}", 2);
+    });
+    assert_eq!(
+        lines,
+        "{\"level\":\"warn\",\"time\":\"TIME\",\"scope\":\"room\",\"message\":\"said 2\",\"n\":1,\
+         \"ok\":true,\"text\":\"t\",\"outbound\":{\"id\":\"0a\",\"more\":\"text\"}}\n"
+    );
+}
+
+#[test]
+fn no_value_breaks_out_of_its_line_or_its_quotes() {
+    let say = || {
+        let span = tracing::info_span!("span", id = %INJECTION);
+        let _entered = span.enter();
+        tracing::info!(shown = %INJECTION, text = INJECTION, "message {INJECTION}");
+    };
+    let lines = logged(Format::Plain, "info", say);
+    assert_eq!(lines.lines().count(), 1, "{lines}");
+    assert_eq!(lines.matches('\t').count(), 4, "{lines}");
+    assert!(
+        !lines.contains(['\u{1b}', '\u{2028}']),
+        "{}",
+        lines.escape_debug()
+    );
+    let quoted = format!("shown={INJECTION:?} text={INJECTION:?}\n");
+    assert!(lines.ends_with(&quoted), "{lines}");
+
+    let lines = logged(Format::Json, "info", say);
+    assert_eq!(lines.lines().count(), 1, "{lines}");
+    let object: serde_json::Value = serde_json::from_str(&lines).unwrap();
+    assert_eq!(object["text"], INJECTION);
+    assert_eq!(object["shown"], INJECTION);
+    assert_eq!(object["message"], format!("message {INJECTION}"));
+    assert_eq!(object["span"]["id"], INJECTION);
+}
+
+#[test]
+fn the_time_is_rfc_3339_with_microseconds() {
+    let mut text = String::new();
+    SystemTime
+        .format_time(&mut tracing_subscriber::fmt::format::Writer::new(&mut text))
+        .unwrap();
+    let shape: String = text
+        .chars()
+        .map(|c| if c.is_ascii_digit() { '0' } else { c })
+        .collect();
+    assert_eq!(shape, "0000-00-00T00:00:00.000000Z");
+}
+
+#[test]
+fn a_filter_that_is_not_understood_names_its_variable() {
+    for (filter, part) in [
+        ("inof", "inof"),
+        ("info,ztunnel", "ztunnel"),
+        ("ztunnel=loud", "ztunnel=loud"),
+        ("a=b=c", "a=b=c"),
+    ] {
+        let error = parse(filter).unwrap_err().to_string();
+        assert!(
+            error.contains("RUST_LOG") && error.contains(part),
+            "{filter}: {error}"
+        );
+    }
+    for (filter, level) in [
+        ("", LevelFilter::INFO),
+        ("  ", LevelFilter::INFO),
+        ("WARN", LevelFilter::WARN),
+        ("info, ztunnel::tunnel=trace", LevelFilter::TRACE),
+        ("off", LevelFilter::OFF),
+        ("debug,", LevelFilter::DEBUG),
+    ] {
+        let parsed = parse(filter).unwrap();
+        assert_eq!(parsed.max_level_hint(), Some(level), "{filter:?}");
+    }
+}
+
+#[test]
+fn lines_that_do_not_fit_are_dropped_and_counted() {
+    let (sent, unblock) = std::sync::mpsc::channel();
+    let (mut writer, flush) = NonBlockingBuilder::default()
+        .buffered_lines_limit(1)
+        .finish(Blocked(unblock));
+    for _ in 0..4 {
+        writer.write_all(b"line\n").unwrap();
+    }
+    let guard = Guard {
+        dropped: writer.error_counter(),
+        _flush: flush,
+    };
+    let families = guard.source().families();
+    drop(sent);
+    // One line may be in the writer's hand and one in the buffer.
+    assert!(families[0].rows[0].value >= 2, "{families:?}");
+}
+
+/// A standard output that nobody reads until the other end of the channel is gone.
+struct Blocked(Receiver<Infallible>);
+
+impl Write for Blocked {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.0.recv() {
+            Ok(never) => match never {},
+            Err(_) => Ok(bytes.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
