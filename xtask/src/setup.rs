@@ -1,0 +1,496 @@
+//! `cargo xtask setup`: finds what the other verbs need, installs only what is missing, saying what and why, and builds
+//! the eBPF object; it starts no service, and changes nothing outside the target directory when all is there.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::house::{self, House};
+use crate::process;
+
+/// What somebody is about to do; each needs its own tools, and all need the eBPF object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// The eBPF object and the host programs.
+    Build,
+    /// `cargo xtask check`.
+    Check,
+    /// Namespaces as pods, with real programs in them.
+    Pods,
+    /// Other kernels in a virtual machine.
+    Kernels,
+    /// Coverage-guided fuzzing.
+    Fuzz,
+}
+
+/// The verb: everything that any verb needs.
+pub(crate) fn run(house: &House) -> Result<bool> {
+    use Purpose::{Build, Check, Fuzz, Kernels, Pods};
+    ensure(house, &[Build, Check, Pods, Kernels, Fuzz])?;
+    Ok(true)
+}
+
+/// Installs what these purposes lack and builds the eBPF object. Quick when there is nothing to do.
+pub(crate) fn ensure(house: &House, purposes: &[Purpose]) -> Result<()> {
+    let start = Instant::now();
+    let toolchain = Toolchain::find()?;
+    let linker = linker_works();
+    let needed = |tool: &&Tool| match tool.when {
+        When::Purpose(purpose) => purposes.contains(&purpose),
+        When::DebianToolchain => toolchain == Toolchain::Debian,
+        When::DebianLints => toolchain == Toolchain::Debian && purposes.contains(&Purpose::Check),
+        When::NoLinker => !linker,
+    };
+    let needed: Vec<&Tool> = TOOLS.iter().filter(needed).collect();
+    let missing: Vec<&Tool> = needed
+        .iter()
+        .copied()
+        .filter(|tool| !tool.is_there())
+        .collect();
+    if !missing.is_empty() {
+        install_packages(house, &missing)?;
+    }
+    if !linker {
+        println!("setup: building bpf-linker {LINKER} (links eBPF objects; a few minutes, once)");
+        let features = ["--no-default-features", "--features", "llvm-22"];
+        cargo_install(house, "bpf-linker", LINKER, &features)?;
+    }
+    if purposes.contains(&Purpose::Check) && house::find_program("cargo-deny").is_none() {
+        println!("setup: building cargo-deny {DENY} (licences, bans; a minute or two, once)");
+        cargo_install(house, "cargo-deny", DENY, &["--debug"])?;
+    }
+    let rebuilt = build_object(house, toolchain)?;
+    if missing.is_empty() && linker && !rebuilt {
+        println!(
+            "setup: everything is there ({} tools, {toolchain}, eBPF object), {:.1} s",
+            needed.len() + 1,
+            start.elapsed().as_secs_f32()
+        );
+    } else {
+        println!("setup: done, {:.0} s", start.elapsed().as_secs_f32());
+    }
+    Ok(())
+}
+
+/// True for root, by the owner of our own process.
+pub(crate) fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
+}
+
+/// A compiler with the source of its `core`, as eBPF's target has no ready-made one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Toolchain {
+    /// rustup's, with the component `rust-src`.
+    Nightly,
+    /// Debian's packages, allowed to use unstable features.
+    Debian,
+}
+
+impl Toolchain {
+    pub(crate) fn find() -> Result<Self> {
+        if house::find_program("rustup").is_none() {
+            return Ok(Self::Debian);
+        }
+        let mut rustc = Command::new("rustup");
+        // Never let rustup fetch a toolchain because we asked whether it has one.
+        rustc.args(["run", "nightly", "rustc", "--print=sysroot", "-vV"]);
+        rustc
+            .env("RUSTUP_AUTO_INSTALL", "0")
+            .env("PATH", house::search_path());
+        without_cargo(&mut rustc);
+        let Ok(said) = process::capture(rustc) else {
+            return Ok(Self::Debian);
+        };
+        let source = said
+            .lines()
+            .next()
+            .map(|sysroot| Path::new(sysroot).join(CORE_SOURCE));
+        let same_llvm = said.contains(&format!("LLVM version: {LLVM}."));
+        let usable = same_llvm && source.is_some_and(|path| path.is_file());
+        Ok(if usable { Self::Nightly } else { Self::Debian })
+    }
+
+    /// Its cargo, in the checkout, with flags for the eBPF target and free of the cargo that runs us.
+    pub(crate) fn cargo(self, house: &House) -> Command {
+        let mut command = match self {
+            Self::Nightly => {
+                let mut command = house.program("rustup");
+                command.args(["run", "nightly", "cargo"]);
+                command
+            }
+            Self::Debian => house.program(DEBIAN_CARGO),
+        };
+        without_cargo(&mut command);
+        if self == Self::Debian {
+            command
+                .env("RUSTC", DEBIAN_RUSTC)
+                .env("RUSTC_BOOTSTRAP", "1");
+        }
+        // BTF-defined maps are made from full debug information.
+        command.env("RUSTFLAGS", "-Cdebuginfo=2 -Clink-arg=--btf");
+        command
+    }
+
+    /// What every build of the eBPF crate says after the verb.
+    pub(crate) fn build_args(house: &House) -> Vec<String> {
+        let dir = house.target.join("ebpf-build").display().to_string();
+        let args = [
+            "--locked",
+            "--package=ebpf-prog",
+            "--profile=bpf",
+            EBPF_TARGET,
+            "-Zbuild-std=core",
+        ];
+        args.iter()
+            .map(|&arg| arg.to_owned())
+            .chain(["--target-dir".to_owned(), dir])
+            .collect()
+    }
+}
+
+impl std::fmt::Display for Toolchain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Nightly => "rustup's nightly with rust-src",
+            Self::Debian => "Debian's rustc-web",
+        })
+    }
+}
+
+/// A cargo or rustup that runs us leaves marks in the environment that would lead another one astray.
+fn without_cargo(command: &mut Command) {
+    for name in [
+        "CARGO",
+        "CARGO_BUILD_TARGET",
+        "CARGO_ENCODED_RUSTFLAGS",
+        "LD_LIBRARY_PATH",
+        "RUSTC",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "RUSTC_WRAPPER",
+        "RUSTDOC",
+        "RUSTFLAGS",
+        "RUSTUP_TOOLCHAIN",
+    ] {
+        command.env_remove(name);
+    }
+}
+
+/// Builds the object and puts it where `ztunnel/build.rs` looks; true if it changed.
+fn build_object(house: &House, toolchain: Toolchain) -> Result<bool> {
+    let object = house.ebpf_object();
+    let mut build = toolchain.cargo(house);
+    build.arg("build").args(Toolchain::build_args(house));
+    if object.is_file() {
+        build.arg("--quiet");
+    } else {
+        println!("setup: building the eBPF object with {toolchain}");
+    }
+    process::must(build, Duration::from_secs(20 * 60))?;
+    let built = house
+        .target
+        .join("ebpf-build/bpfel-unknown-none/bpf/ztunnel-ebpf");
+    let bytes = fs::read(&built).with_context(|| format!("read {}", built.display()))?;
+    if fs::read(&object).is_ok_and(|old| old == bytes) {
+        return Ok(false);
+    }
+    let fresh = object.with_extension("new");
+    fs::create_dir_all(object.parent().context("the object lies in a directory")?)?;
+    fs::write(&fresh, bytes).with_context(|| format!("write {}", fresh.display()))?;
+    fs::rename(&fresh, &object).with_context(|| format!("write {}", object.display()))?;
+    println!("setup: eBPF object in {}", house.short(&object).display());
+    Ok(true)
+}
+
+/// It is there, of a version that we know, and finds its LLVM.
+fn linker_works() -> bool {
+    let mut linker = Command::new("bpf-linker");
+    linker.arg("--version").env("PATH", house::search_path());
+    process::capture(linker).is_ok_and(|said| said.trim() == format!("bpf-linker {LINKER}"))
+}
+
+fn cargo_install(house: &House, name: &str, version: &str, more: &[&str]) -> Result<()> {
+    let mut install = house.cargo();
+    install
+        .args(["install", name, "--locked", "--force", "--version", version])
+        .args(more);
+    install.arg("--target-dir").arg(house.target.join("tools"));
+    install.env("LLVM_PREFIX", format!("/usr/lib/llvm-{LLVM}"));
+    process::must(install, Duration::from_secs(30 * 60))
+}
+
+fn install_packages(house: &House, missing: &[&Tool]) -> Result<()> {
+    println!("setup: {} packages are missing:", missing.len());
+    for tool in missing {
+        println!("  {:<16} {}", tool.package, tool.why);
+    }
+    let names: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
+    let names = names.join(" ");
+    if house::find_program("apt-get").is_none() {
+        bail!("install them, or what your system calls them (these are Debian's names): {names}");
+    }
+    if !is_root() {
+        bail!(
+            "installing needs root; run as root: apt-get install --no-install-recommends {names}"
+        );
+    }
+    let no_services = NoServices::begin()?;
+    apt(house, &["update"])?;
+    let mut install = vec!["install", "--yes", "--no-install-recommends"];
+    install.extend(missing.iter().map(|tool| tool.package));
+    apt(house, &install)?;
+    no_services.end(missing)?;
+    let absent: Vec<&str> = missing
+        .iter()
+        .filter(|tool| !tool.is_there())
+        .map(|tool| tool.package)
+        .collect();
+    if !absent.is_empty() {
+        bail!(
+            "installed, yet not as new or not where expected: {}",
+            absent.join(" ")
+        );
+    }
+    Ok(())
+}
+
+/// apt with its progress cut down to one line per package; all of it if it fails.
+fn apt(house: &House, args: &[&str]) -> Result<()> {
+    let mut apt = house.program("apt-get");
+    apt.args(["-o", "DPkg::Lock::Timeout=600", "-o", "Dpkg::Use-Pty=0"])
+        .args(args);
+    apt.env("DEBIAN_FRONTEND", "noninteractive");
+    let mut all = String::new();
+    let end = process::lines(apt, Duration::from_secs(30 * 60), |line| {
+        all.push_str(line);
+        all.push('\n');
+        if line.starts_with("Setting up") || line.starts_with("Need to get") {
+            println!("  {line}");
+        }
+    })?;
+    if !end.is_success() {
+        bail!("apt-get {}: {end}\n{all}", args.join(" "));
+    }
+    Ok(())
+}
+
+/// While it lives, installing a package starts no service: we want programs, not a web server on port 80.
+struct NoServices {
+    ours: bool,
+}
+
+impl NoServices {
+    fn begin() -> Result<Self> {
+        let ours = !Path::new(SERVICE_POLICY).exists();
+        if ours {
+            fs::write(SERVICE_POLICY, "#!/bin/sh\nexit 101\n").context(SERVICE_POLICY)?;
+            fs::set_permissions(SERVICE_POLICY, fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(Self { ours })
+    }
+
+    /// Also keeps what came with a service from starting at the next boot.
+    fn end(self, installed: &[&Tool]) -> Result<()> {
+        let web_server = installed.iter().any(|tool| tool.package == "nginx-light");
+        if web_server && Path::new("/run/systemd/system").is_dir() {
+            let mut disable = Command::new("systemctl");
+            disable.args(["disable", "--quiet", "nginx.service"]);
+            process::capture(disable)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if self.ours
+            && let Err(error) = fs::remove_file(SERVICE_POLICY)
+        {
+            eprintln!("setup: remove {SERVICE_POLICY} by hand: {error}");
+        }
+    }
+}
+
+/// A Debian package, how to see that what it brings is there, and who needs it.
+struct Tool {
+    package: &'static str,
+    sign: Sign,
+    when: When,
+    why: &'static str,
+}
+
+enum Sign {
+    /// A program of this name, wherever it comes from.
+    Program(&'static str),
+    File(&'static str),
+    /// A program that says at least this version of Rust.
+    Rust(&'static str),
+}
+
+enum When {
+    Purpose(Purpose),
+    DebianToolchain,
+    DebianLints,
+    NoLinker,
+}
+
+impl Tool {
+    fn is_there(&self) -> bool {
+        match self.sign {
+            Sign::Program(name) => house::find_program(name).is_some(),
+            Sign::File(path) => Path::new(path).is_file(),
+            Sign::Rust(path) => rust_version(path).is_some_and(|version| version >= DEBIAN_RUST),
+        }
+    }
+}
+
+/// Of `rustc 1.96.0 (…)` and of `clippy 0.1.96 (…)`: `(1, 96)`.
+fn rust_version(program: &str) -> Option<(u32, u32)> {
+    let mut command = Command::new(PathBuf::from(program));
+    command.arg("--version");
+    without_cargo(&mut command);
+    let said = process::capture(command).ok()?;
+    let version = said.split_whitespace().nth(1)?;
+    let mut parts = version.strip_prefix("0.").unwrap_or(version).split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+const fn tool(package: &'static str, sign: Sign, when: When, why: &'static str) -> Tool {
+    Tool {
+        package,
+        sign,
+        when,
+        why,
+    }
+}
+
+/// The first LLVM major of both toolchains, and of bpf-linker as we build it.
+const LLVM: &str = "22";
+const LINKER: &str = "0.13.0";
+const DENY: &str = "0.20.2";
+/// What Debian calls 1.96 and our aya still accepts.
+const DEBIAN_RUST: (u32, u32) = (1, 96);
+const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+const DEBIAN_CARGO: &str = "/usr/bin/cargo";
+const CORE_SOURCE: &str = "lib/rustlib/src/rust/library/core/Cargo.toml";
+const EBPF_TARGET: &str = "--target=bpfel-unknown-none";
+const SERVICE_POLICY: &str = "/usr/sbin/policy-rc.d";
+
+const TOOLS: [Tool; 20] = {
+    use Sign::{File, Program, Rust};
+    use When::{DebianLints, DebianToolchain, NoLinker};
+    const BUILD: When = When::Purpose(Purpose::Build);
+    const PODS: When = When::Purpose(Purpose::Pods);
+    const KERNELS: When = When::Purpose(Purpose::Kernels);
+    const FUZZ: When = When::Purpose(Purpose::Fuzz);
+    [
+        tool(
+            "make",
+            Program("make"),
+            BUILD,
+            "builds the memory allocator",
+        ),
+        tool(
+            "rustc-web",
+            Rust(DEBIAN_RUSTC),
+            DebianToolchain,
+            "compiles eBPF",
+        ),
+        tool(
+            "cargo-web",
+            Rust(DEBIAN_CARGO),
+            DebianToolchain,
+            "drives that compiler",
+        ),
+        tool(
+            "rust-web-src",
+            File("/usr/lib/rustlib/src/rust/library/core/Cargo.toml"),
+            DebianToolchain,
+            "source of `core`, built for eBPF",
+        ),
+        tool(
+            "rust-web-llvm",
+            File("/usr/lib/rustlib/x86_64-unknown-linux-gnu/bin/rust-objcopy"),
+            DebianToolchain,
+            "that compiler's LLVM tools",
+        ),
+        tool(
+            "rust-web-clippy",
+            Rust("/usr/bin/cargo-clippy"),
+            DebianLints,
+            "lints the eBPF crate",
+        ),
+        tool(
+            "llvm-22-dev",
+            File("/usr/lib/llvm-22/bin/llvm-config"),
+            NoLinker,
+            "bpf-linker links it",
+        ),
+        tool(
+            "libpolly-22-dev",
+            File("/usr/lib/llvm-22/lib/libPolly.a"),
+            NoLinker,
+            "part of LLVM",
+        ),
+        tool(
+            "zlib1g-dev",
+            File("/usr/include/zlib.h"),
+            NoLinker,
+            "LLVM links it",
+        ),
+        tool(
+            "libzstd-dev",
+            File("/usr/include/zstd.h"),
+            NoLinker,
+            "LLVM links it",
+        ),
+        tool("g++", Program("g++"), NoLinker, "LLVM is C++"),
+        tool("g++", Program("g++"), FUZZ, "libFuzzer is C++"),
+        tool(
+            "iproute2",
+            Program("ip"),
+            PODS,
+            "makes network namespaces and links",
+        ),
+        tool("curl", Program("curl"), PODS, "a real client"),
+        tool(
+            "nginx-light",
+            Program("nginx"),
+            PODS,
+            "a real server; its service is not started",
+        ),
+        tool(
+            "iptables",
+            Program("iptables-save"),
+            PODS,
+            "shows that there are no rules",
+        ),
+        tool(
+            "nftables",
+            Program("nft"),
+            PODS,
+            "shows that there are no rules",
+        ),
+        tool(
+            "qemu-system-x86",
+            Program("qemu-system-x86_64"),
+            KERNELS,
+            "boots other kernels",
+        ),
+        tool(
+            "busybox-static",
+            Program("busybox"),
+            KERNELS,
+            "the shell inside the machine",
+        ),
+        tool(
+            "cpio",
+            Program("cpio"),
+            KERNELS,
+            "packs the machine's file system",
+        ),
+    ]
+};
