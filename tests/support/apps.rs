@@ -300,6 +300,61 @@ pub fn listen_first(netns: &Netns, to: SocketAddr, length: usize) -> Result<(Tcp
     Ok((stream, bytes))
 }
 
+/// What came of asking somebody who may not want to answer.
+#[derive(Clone, Debug)]
+pub enum Heard {
+    /// Bytes, and then the end.
+    Answer(Vec<u8>),
+    NotConnected(ErrorKind),
+    /// Connected, and ended without a byte.
+    Nothing(End),
+}
+
+impl Heard {
+    #[must_use]
+    pub fn answered(&self) -> bool {
+        matches!(self, Self::Answer(_))
+    }
+}
+
+impl std::fmt::Display for Heard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Answer(bytes) => write!(f, "answered, {} bytes", bytes.len()),
+            Self::NotConnected(kind) => write!(f, "{kind}"),
+            Self::Nothing(End::Fin) => f.write_str("closed without a byte"),
+            Self::Nothing(End::Reset) => f.write_str("reset without a byte"),
+            Self::Nothing(End::Open) => f.write_str("no answer"),
+        }
+    }
+}
+
+/// Connects, sends `request` and listens, at most for `patience` each; gives what came of it and how
+/// long that took.
+pub fn knock(
+    netns: &Netns,
+    to: SocketAddr,
+    request: &[u8],
+    patience: Duration,
+) -> Result<(Heard, Duration)> {
+    let started = Instant::now();
+    let connected = netns.within(|| Ok(TcpStream::connect_timeout(&to, patience)))?;
+    let heard = match connected {
+        Err(error) => Heard::NotConnected(error.kind()),
+        Ok(mut stream) => {
+            stream.set_write_timeout(Some(patience))?;
+            // Whoever refuses may have closed already; reading tells how.
+            drop(stream.write_all(request));
+            drop(stream.shutdown(Shutdown::Write));
+            match read_end(&stream, patience)? {
+                (end, bytes) if bytes.is_empty() => Heard::Nothing(end),
+                (_, bytes) => Heard::Answer(bytes),
+            }
+        }
+    };
+    Ok((heard, started.elapsed()))
+}
+
 /// How a connection came to its end, as one side saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {

@@ -5,6 +5,7 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpStream},
+    panic::resume_unwind,
     thread,
     time::{Duration, Instant},
 };
@@ -17,9 +18,9 @@ use crate::{apps, netns::Netns};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exchange {
     pub bytes_each_way: u64,
-    /// Of what the server received, as the server computed it.
+    /// Of what we sent, and of what the server says it received: they are equal.
     pub sum_up: u64,
-    /// Of what we received.
+    /// Of what we received, and of what the server says it sent: they are equal.
     pub sum_down: u64,
     pub took: Duration,
 }
@@ -41,22 +42,17 @@ impl Exchange {
 /// The server's part: `Server::start(netns, port, bulk::serve)`.
 ///
 /// It reads a length and a seed (8 bytes each, big endian), then receives that many bytes and
-/// sends as many at the same time; once the client has ended its direction it sends the checksum of
-/// what it received.
+/// sends as many at the same time; once the client has ended its direction it sends the checksums of
+/// what it received and of what it sent.
 pub fn serve(mut stream: TcpStream) -> io::Result<()> {
     let (bytes, seed) = (read_u64(&mut stream)?, read_u64(&mut stream)?);
-    let upload = stream.try_clone()?;
-    let sum = thread::scope(|scope| {
-        let receiving = scope.spawn(move || receive(upload, bytes));
-        send(&mut stream, bytes, !seed)?;
-        receiving
-            .join()
-            .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
-    })?;
+    let (sent, received) = both_ways(&mut stream, bytes, !seed)?;
+    let (received, sent) = (received?, sent?);
     if stream.read(&mut [0])? != 0 {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    stream.write_all(&sum.to_be_bytes())?;
+    stream.write_all(&received.to_be_bytes())?;
+    stream.write_all(&sent.to_be_bytes())?;
     stream.shutdown(Shutdown::Write)
 }
 
@@ -66,29 +62,17 @@ pub fn exchange(netns: &Netns, to: SocketAddr, bytes: u64, seed: u64) -> Result<
     let started = Instant::now();
     stream.write_all(&bytes.to_be_bytes())?;
     stream.write_all(&seed.to_be_bytes())?;
-    let download = stream.try_clone()?;
-    let (sent, received) = thread::scope(|scope| {
-        let receiving = scope.spawn(move || receive(download, bytes));
-        let sent = send(&mut stream, bytes, seed);
-        (
-            sent,
-            receiving
-                .join()
-                .unwrap_or_else(|_| Err(io::ErrorKind::Other.into())),
-        )
-    });
-    sent.with_context(|| format!("send {bytes} bytes to {to}"))?;
+    let (sent, received) = both_ways(&mut stream, bytes, seed)?;
+    let sum_up = sent.with_context(|| format!("send {bytes} bytes to {to}"))?;
     let sum_down = received.with_context(|| format!("receive {bytes} bytes from {to}"))?;
     stream.shutdown(Shutdown::Write)?;
-    let sum_up = read_u64(&mut stream).context("receive the server's checksum")?;
+    let theirs = read_u64(&mut stream).and_then(|up| Ok((up, read_u64(&mut stream)?)));
+    let theirs = theirs.context("receive the server's checksums")?;
     let took = started.elapsed();
-    ensure!(stream.read(&mut [0])? == 0, "bytes after the checksum");
+    ensure!(stream.read(&mut [0])? == 0, "bytes after the checksums");
+    ensure!(theirs.0 == sum_up, "{to} received other bytes than we sent");
     ensure!(
-        sum_up == sum_of(bytes, seed),
-        "{to} received other bytes than we sent"
-    );
-    ensure!(
-        sum_down == sum_of(bytes, !seed),
+        theirs.1 == sum_down,
         "we received other bytes than {to} sent"
     );
     Ok(Exchange {
@@ -99,9 +83,24 @@ pub fn exchange(netns: &Netns, to: SocketAddr, bytes: u64, seed: u64) -> Result<
     })
 }
 
-/// The checksum of the stream of this length and seed.
-#[must_use]
-pub fn sum_of(bytes: u64, seed: u64) -> u64 {
+type Sum = io::Result<u64>;
+
+/// Sends and receives at the same time; gives the checksums of both.
+fn both_ways(stream: &mut TcpStream, bytes: u64, seed: u64) -> io::Result<(Sum, Sum)> {
+    let incoming = stream.try_clone()?;
+    Ok(thread::scope(|scope| {
+        let receiving = scope.spawn(move || receive(incoming, bytes));
+        let sent = send(stream, bytes, seed);
+        if sent.is_err() {
+            // The other half would wait for a peer that is gone.
+            drop(stream.shutdown(Shutdown::Both));
+        }
+        let received = receiving.join();
+        (sent, received.unwrap_or_else(|panic| resume_unwind(panic)))
+    }))
+}
+
+fn send(stream: &mut TcpStream, bytes: u64, seed: u64) -> Sum {
     let (mut source, mut sum) = (Source(seed), Checksum::default());
     let mut buffer = vec![0; BLOCK_BYTES];
     let mut left = bytes;
@@ -109,25 +108,13 @@ pub fn sum_of(bytes: u64, seed: u64) -> u64 {
         let block = next_block(&mut buffer, left);
         source.fill(block);
         sum.add(block);
-        left -= length_of(block);
-    }
-    sum.0
-}
-
-fn send(stream: &mut TcpStream, bytes: u64, seed: u64) -> io::Result<()> {
-    let mut source = Source(seed);
-    let mut buffer = vec![0; BLOCK_BYTES];
-    let mut left = bytes;
-    while left > 0 {
-        let block = next_block(&mut buffer, left);
-        source.fill(block);
         stream.write_all(block)?;
         left -= length_of(block);
     }
-    Ok(())
+    Ok(sum.0)
 }
 
-fn receive(mut stream: TcpStream, bytes: u64) -> io::Result<u64> {
+fn receive(mut stream: TcpStream, bytes: u64) -> Sum {
     let mut sum = Checksum::default();
     let mut buffer = vec![0; BLOCK_BYTES];
     let mut left = bytes;
@@ -164,16 +151,24 @@ struct Source(u64);
 
 impl Source {
     fn fill(&mut self, block: &mut [u8]) {
-        for chunk in block.chunks_mut(8) {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            z ^= z >> 31;
-            for (to, from) in chunk.iter_mut().zip(z.to_le_bytes()) {
+        let (words, rest) = block.as_chunks_mut::<8>();
+        for word in words {
+            *word = self.next();
+        }
+        if !rest.is_empty() {
+            for (to, from) in rest.iter_mut().zip(self.next()) {
                 *to = from;
             }
         }
+    }
+
+    #[inline]
+    fn next(&mut self) -> [u8; 8] {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)).to_le_bytes()
     }
 }
 

@@ -33,6 +33,32 @@ impl Eth0 {
     }
 }
 
+/// Everything that decides where a pod's packets go: rules, routes of every table, and the setting
+/// that lets accepted sockets inherit a mark.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Routing {
+    rules: [String; 2],
+    routes: [String; 2],
+    fwmark_accept: String,
+}
+
+impl Routing {
+    /// As it is now.
+    pub fn of(netns: &Netns) -> Result<Self> {
+        let ip = |args: &[&str]| output(Some(netns), "ip", args, "");
+        let fwmark_accept =
+            netns.within(|| Ok(fs::read_to_string("/proc/sys/net/ipv4/tcp_fwmark_accept")?))?;
+        Ok(Self {
+            rules: [ip(&["-4", "rule", "show"])?, ip(&["-6", "rule", "show"])?],
+            routes: [
+                ip(&["-4", "route", "show", "table", "all"])?,
+                ip(&["-6", "route", "show", "table", "all"])?,
+            ],
+            fwmark_accept,
+        })
+    }
+}
+
 /// Rules of iptables and nftables in a namespace; empty if there are none.
 pub fn packet_filter(netns: &Netns) -> Result<String> {
     let mut rules = String::new();

@@ -6,6 +6,7 @@ use std::{
     collections::VecDeque,
     fs::File,
     io::{BufRead as _, BufReader, Read, Write as _},
+    path::Path,
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
@@ -31,14 +32,42 @@ pub struct Running {
 
 impl Running {
     /// Starts `command` in `netns` with both output streams collected in [`Running::log`].
-    pub fn start(name: &str, netns: Option<&Netns>, mut command: Command) -> Result<Self> {
+    pub fn start(name: &str, netns: Option<&Netns>, command: Command) -> Result<Self> {
+        Self::launch(name, netns, command, None)
+    }
+
+    /// The same, with its output written to the end of a file too, for a person to follow.
+    pub fn start_with_file(
+        name: &str,
+        netns: Option<&Netns>,
+        command: Command,
+        file: &Path,
+    ) -> Result<Self> {
+        let file = File::options().create(true).append(true).open(file);
+        Self::launch(
+            name,
+            netns,
+            command,
+            Some(file.context("open the log's file")?),
+        )
+    }
+
+    fn launch(
+        name: &str,
+        netns: Option<&Netns>,
+        mut command: Command,
+        file: Option<File>,
+    ) -> Result<Self> {
         let netns = netns.map(Netns::open).transpose()?;
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = spawn_for_good(command, netns).with_context(|| format!("start {name}"))?;
-        let log = Arc::new(Log::default());
+        let log = Arc::new(Log {
+            file,
+            ..Log::default()
+        });
         if let Some(stdout) = child.stdout.take() {
             Log::follow(&log, stdout);
         }
@@ -109,6 +138,7 @@ impl Drop for Running {
 pub struct Log {
     state: Mutex<LogState>,
     bell: Condvar,
+    file: Option<File>,
 }
 
 #[derive(Debug, Default)]
@@ -204,6 +234,10 @@ impl Log {
         let mut line = Vec::new();
         while matches!(reader.read_until(b'\n', &mut line), Ok(1..)) {
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if let Some(mut file) = self.file.as_ref() {
+                // The copy is a convenience: a full disk must not stop the reading.
+                drop(file.write_all(&line));
+            }
             line.clear();
             let mut state = self.lock();
             if state.lines.len() == LOG_LINES {
@@ -254,11 +288,8 @@ fn run(netns: Option<&Netns>, command: &mut Command, input: &str) -> Result<Stri
     };
     let out = go().with_context(|| shown.clone())?;
     if !out.status.success() {
-        bail!(
-            "{shown}: {}: {}",
-            out.status,
-            String::from_utf8_lossy(&out.stderr).trim()
-        );
+        let said = String::from_utf8_lossy(&out.stderr);
+        bail!("{} ({}; {shown})", said.trim(), out.status);
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }

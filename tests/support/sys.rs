@@ -15,16 +15,21 @@ use std::{
 
 use nix::{
     sched::{CloneFlags, setns},
-    sys::{prctl, signal::Signal},
+    sys::{
+        prctl,
+        signal::{SigSet, Signal},
+    },
     unistd::{ForkResult, Pid, getpid, getppid, setpgid},
 };
 
-/// Makes `command` start in its own process group, in `netns` if one is given, and die with the
-/// thread that spawns it.
+/// Makes `command` start in its own process group, with no signal blocked, in `netns` if one is
+/// given, and die with the thread that spawns it.
 pub(crate) fn adopt(command: &mut Command, netns: Option<File>) {
     let parent = getpid();
     let hook = move || {
         setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
+        // std hands on our mask, and a program that never sees SIGTERM does not drain.
+        SigSet::empty().thread_set_mask()?;
         prctl::set_pdeathsig(Signal::SIGKILL)?;
         if getppid() != parent {
             // The parent was gone before the line above took effect.

@@ -189,7 +189,7 @@ impl Topology {
                 node: spec.node.clone(),
                 netns: Netns::named(format!("{}{}", self.prefix, spec.name)),
                 v4: Ipv4Addr::new(10, 88, *number, host),
-                v6: Ipv6Addr::new(0xfd88, 0, 0, u16::from(*number), 0, 0, 0, u16::from(host)),
+                v6: Ipv6Addr::new(0xfd88, 0, 0, u16::from(*number), 0, 0, 0, as_hex(host)?),
             });
         }
         Ok(())
@@ -348,6 +348,12 @@ impl Pod {
 pub const LINK: &str = "mesh0";
 /// The Kubernetes namespace of every pod.
 pub const POD_NAMESPACE: &str = "demo";
+
+/// The number whose hexadecimal digits are the decimal ones of `host`: 10.88.1.12 and …::12 belong
+/// together.
+fn as_hex(host: u8) -> Result<u16> {
+    Ok(u16::from_str_radix(&host.to_string(), 16)?)
+}
 
 fn batch(netns: Option<&Netns>, lines: &str) -> Result<()> {
     let mut args = netns.map_or_else(Vec::new, |netns| vec!["-n", netns.name()]);

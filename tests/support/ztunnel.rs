@@ -57,6 +57,7 @@ pub struct Node {
     settings: Settings,
     file: PathBuf,
     pins: PathBuf,
+    output: PathBuf,
     running: Running,
 }
 
@@ -75,13 +76,16 @@ impl Node {
         fs::write(&path, file)?;
         let pins = topology.pin_directory(node);
         let command = command(&settings, node, &path, &pins, "proxy");
-        let running = Running::start(&format!("ztunnel {node}"), Some(&netns), command)?;
+        let output = topology.directory()?.join(format!("{node}.log"));
+        let running =
+            Running::start_with_file(&format!("ztunnel {node}"), Some(&netns), command, &output)?;
         Ok(Self {
             name: node.to_owned(),
             netns,
             settings,
             file: path,
             pins,
+            output,
             running,
         })
     }
@@ -136,6 +140,12 @@ impl Node {
     #[must_use]
     pub fn pins(&self) -> &Path {
         &self.pins
+    }
+
+    /// A file with everything that the node's processes have written.
+    #[must_use]
+    pub fn output(&self) -> &Path {
+        &self.output
     }
 
     #[must_use]
@@ -208,11 +218,8 @@ impl Node {
             self.name
         );
         let command = command(&self.settings, &self.name, &self.file, &self.pins, "proxy");
-        self.running = Running::start(
-            &format!("ztunnel {}", self.name),
-            Some(&self.netns),
-            command,
-        )?;
+        let name = format!("ztunnel {}", self.name);
+        self.running = Running::start_with_file(&name, Some(&self.netns), command, &self.output)?;
         Ok(())
     }
 

@@ -17,6 +17,7 @@
 
 mod check;
 mod compatibility;
+mod demo;
 mod floors;
 mod fuzz;
 mod house;
@@ -27,7 +28,9 @@ mod source;
 mod tally;
 mod test;
 
-use anyhow::Result;
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 
 use crate::house::House;
@@ -42,6 +45,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Watch real programs talk through the mesh, every claim measured.
+    Demo(demo::Args),
     /// Install what is missing and build the eBPF object.
     Setup,
     /// Format, lints, floors, docs, licences, COMPATIBILITY.md.
@@ -69,10 +74,25 @@ fn main() {
 /// `Ok(false)` is a verb that ran and found something wrong, and has said so.
 fn run(house: &House, verb: Verb) -> Result<bool> {
     match verb {
+        Verb::Demo(args) => demo::run(&args, || build(house)),
         Verb::Setup => setup::run(house),
         Verb::Check => check::run(house),
         Verb::Floors => floors::run(house),
         Verb::Test(args) => test::run(house, &args),
         Verb::Fuzz(args) => fuzz::run(house, &args),
     }
+}
+
+/// Builds the node process and gives its path.
+fn build(house: &House) -> Result<PathBuf> {
+    if let Some(binary) = std::env::var_os("ZTUNNEL_BIN") {
+        return Ok(binary.into());
+    }
+    ensure!(setup::run(house)?, "setup failed");
+    let built = house
+        .cargo()
+        .args(["build", "--release", "--package", "ztunnel"])
+        .status()?;
+    ensure!(built.success(), "cargo build: {built}");
+    Ok(house.target.join("release/ztunnel"))
 }
