@@ -14,7 +14,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::{SigSet, Signal};
 use ztunnel_tests::reaper::Reaper;
 
@@ -33,6 +33,10 @@ pub(crate) struct Args {
 /// Tells the story; true if every fact held. `prepare` installs what is missing, builds the node
 /// process and gives its path. The process must not have started a thread yet.
 pub(crate) fn run(args: &Args, prepare: impl FnOnce() -> Result<PathBuf>) -> Result<bool> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "namespaces and eBPF need root"
+    );
     // First of all: it must be the child of a process that has one thread.
     let reaper = Reaper::start()?;
     let binary = prepare()?;

@@ -67,8 +67,8 @@ pub(super) fn kill(teller: &mut Teller, world: &mut World) -> Result<()> {
     });
     silent(teller, world, &wire)?;
 
-    world.a()?.restart()?;
     let back = Instant::now();
+    world.a()?.restart()?;
     world.a()?.wait_ready()?;
     teller.say(&format!(
         "ready again {} after its start",
@@ -82,7 +82,7 @@ pub(super) fn kill(teller: &mut Teller, world: &mut World) -> Result<()> {
     teller.fact(
         "those that waited",
         &format!("{WORKERS} succeed"),
-        waited(&attempts, dead, back),
+        waited(&attempts, back),
     );
     let since: Vec<_> = attempts.iter().filter(|a| a.began > dead).collect();
     let failed = since
@@ -107,11 +107,12 @@ pub(super) fn kill(teller: &mut Teller, world: &mut World) -> Result<()> {
     Ok(())
 }
 
-/// Attempts that were under way while no process ran.
-fn waited(attempts: &[Attempt], dead: Instant, back: Instant) -> Measured {
+/// Attempts that were under way when the new process was started. Some may have begun while the
+/// old one was dying.
+fn waited(attempts: &[Attempt], back: Instant) -> Measured {
     let waited: Vec<_> = attempts
         .iter()
-        .filter(|a| a.began > dead && a.began < back && a.ended > back)
+        .filter(|a| a.began < back && a.ended > back)
         .collect();
     let good = waited
         .iter()
