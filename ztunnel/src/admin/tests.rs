@@ -1,0 +1,150 @@
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::drain::{self, Trigger};
+
+const LOOPBACK: SocketAddr = SocketAddr::new(
+    std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
+    0, // the kernel chooses
+);
+
+fn start(handler: impl Handler) -> (SocketAddr, Trigger, JoinHandle<()>) {
+    let server = Server::bind(LOOPBACK).unwrap();
+    let addr = server.addr();
+    let (trigger, signal) = drain::channel();
+    (addr, trigger, tokio::spawn(server.serve(handler, signal)))
+}
+
+/// Sends one request on a connection of its own and gives all that comes back.
+async fn ask(addr: SocketAddr, request: &str) -> String {
+    let mut socket = TcpStream::connect(addr).await.unwrap();
+    let head = format!("{request}Host: node\r\nConnection: close\r\n\r\n");
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+fn body(answer: &str) -> &str {
+    answer.split_once("\r\n\r\n").unwrap().1
+}
+
+#[tokio::test]
+async fn both_paths_give_the_page_and_accept_decides_its_type() {
+    let accounts = Accounts::new(1);
+    let (addr, _trigger, _server) = start(Stats::new(accounts));
+    for path in ["/metrics", "/stats/prometheus"] {
+        let answer = ask(addr, &format!("GET {path} HTTP/1.1\r\n")).await;
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        assert!(answer.contains("content-type: text/plain; charset=utf-8\r\n"));
+        assert!(body(&answer).contains("istio_build{"), "{answer}");
+        assert!(body(&answer).ends_with("# EOF\n"), "{answer}");
+
+        let accept = "Accept: text/html, application/openmetrics-text;version=1.0.0\r\n";
+        let answer = ask(addr, &format!("GET {path} HTTP/1.1\r\n{accept}")).await;
+        assert!(answer.contains("content-type: application/openmetrics-text; version=1.0.0;"));
+        assert!(body(&answer).ends_with("# EOF\n"), "{answer}");
+    }
+    let answer = ask(addr, "POST /metrics HTTP/1.1\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
+    assert!(answer.contains("allow: GET, HEAD\r\n"), "{answer}");
+    let answer = ask(addr, "GET /other HTTP/1.1\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+}
+
+#[tokio::test]
+async fn readiness_names_what_is_pending_sorted_until_nothing_is() {
+    let readiness = Readiness::default();
+    let proxy = readiness.task("workload proxy manager");
+    let state = readiness.task("state manager");
+    let again = readiness.task("state manager");
+    let (addr, _trigger, _server) = start(readiness);
+    for (done, answer) in [
+        (
+            None,
+            "not ready, pending: state manager, workload proxy manager",
+        ),
+        (
+            Some(state),
+            "not ready, pending: state manager, workload proxy manager",
+        ),
+        (Some(again), "not ready, pending: workload proxy manager"),
+    ] {
+        drop(done);
+        let got = ask(addr, "GET /healthz/ready HTTP/1.1\r\n").await;
+        assert!(got.starts_with("HTTP/1.1 500 "), "{got}");
+        assert_eq!(body(&got), answer);
+    }
+    drop(proxy);
+    let got = ask(addr, "GET /healthz/ready HTTP/1.1\r\n").await;
+    assert!(got.starts_with("HTTP/1.1 200 "), "{got}");
+    assert_eq!(body(&got), "ready");
+    let got = ask(addr, "POST /healthz/ready HTTP/1.1\r\n").await;
+    assert!(got.starts_with("HTTP/1.1 405 "), "{got}");
+    let got = ask(addr, "GET /healthz HTTP/1.1\r\n").await;
+    assert!(got.starts_with("HTTP/1.1 404 "), "{got}");
+}
+
+#[tokio::test]
+async fn a_drain_closes_the_listener_and_idle_connections_and_ends_the_server() {
+    let (addr, trigger, server) = start(Readiness::default());
+    let mut idle = TcpStream::connect(addr).await.unwrap();
+    idle.write_all(b"GET /healthz/ready HTTP/1.1\r\nHost: node\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = [0; 17];
+    idle.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200 OK\r\n");
+    trigger.graceful();
+    server.await.unwrap();
+    let mut rest = Vec::new();
+    idle.read_to_end(&mut rest).await.unwrap();
+    let refused = TcpStream::connect(addr).await.unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    trigger.finished().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_stalls_is_cut_and_one_that_is_too_long_is_refused() {
+    let (addr, _trigger, _server) = start(Readiness::default());
+    let began = tokio::time::Instant::now();
+    let mut stalled = TcpStream::connect(addr).await.unwrap();
+    stalled.write_all(b"GET /healthz/re").await.unwrap();
+    let mut rest = Vec::new();
+    stalled.read_to_end(&mut rest).await.unwrap();
+    assert!(began.elapsed() >= HEADER_READ_TIMEOUT);
+
+    let long = format!("GET /{} HTTP/1.1\r\n", "a".repeat(BUFFER_BYTES));
+    let mut socket = TcpStream::connect(addr).await.unwrap();
+    socket.write_all(long.as_bytes()).await.unwrap();
+    let mut start = [0; 12];
+    socket.read_exact(&mut start).await.unwrap();
+    assert!(start.starts_with(b"HTTP/1.1 4"), "{start:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flood_of_silent_connections_holds_every_place_only_until_they_time_out() {
+    let (addr, _trigger, _server) = start(Readiness::default());
+    let mut silent = Vec::new();
+    for _ in 0..MAX_CONNECTIONS {
+        silent.push(TcpStream::connect(addr).await.unwrap());
+    }
+    let began = tokio::time::Instant::now();
+    let got = ask(addr, "GET /healthz/ready HTTP/1.1\r\n").await;
+    assert_eq!(body(&got), "ready");
+    assert!(began.elapsed() >= HEADER_READ_TIMEOUT);
+}
+
+#[tokio::test]
+async fn a_taken_port_is_named_with_what_to_look_at() {
+    let first = Server::bind(LOOPBACK).unwrap();
+    let error = Server::bind(first.addr()).unwrap_err().to_string();
+    let port = first.addr().port();
+    assert_eq!(
+        error,
+        format!("listen on 127.0.0.1:{port} (who holds it: ss -ltnp 'sport = :{port}')")
+    );
+    let elsewhere = Server::bind("192.0.2.1:0".parse().unwrap()).unwrap_err();
+    assert!(elsewhere.to_string().contains("192.0.2.1:0"), "{elsewhere}");
+}
