@@ -379,14 +379,14 @@ const CORE_SOURCE: &str = "lib/rustlib/src/rust/library/core/Cargo.toml";
 const EBPF_TARGET: &str = "--target=bpfel-unknown-none";
 const SERVICE_POLICY: &str = "/usr/sbin/policy-rc.d";
 
-const TOOLS: [Tool; 20] = {
+const TOOLS: &[Tool] = {
     use Sign::{File, Program, Rust};
     use When::{DebianLints, DebianToolchain, NoLinker};
     const BUILD: When = When::Purpose(Purpose::Build);
     const PODS: When = When::Purpose(Purpose::Pods);
     const KERNELS: When = When::Purpose(Purpose::Kernels);
     const FUZZ: When = When::Purpose(Purpose::Fuzz);
-    [
+    &[
         tool(
             "make",
             Program("make"),
@@ -461,6 +461,12 @@ const TOOLS: [Tool; 20] = {
             Program("nginx"),
             PODS,
             "a real server; its service is not started",
+        ),
+        tool(
+            "openssl",
+            Program("openssl"),
+            PODS,
+            "a TLS client that is not ours",
         ),
         tool(
             "iptables",

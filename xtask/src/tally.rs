@@ -14,8 +14,6 @@ use crate::process::End;
 pub(crate) struct Tally {
     passed: usize,
     failures: Vec<String>,
-    /// Failures that no line named, beyond those in `failures`.
-    failed_unnamed: usize,
     skips: Vec<String>,
     may_skip: BTreeSet<String>,
 }
@@ -59,28 +57,45 @@ impl Tally {
         self.failures.is_empty()
     }
 
-    /// Starts counting what runs as one stage: one or several programs that print libtest's lines.
-    pub(crate) fn stage<'a>(&'a mut self, name: &'a str) -> Stage<'a> {
-        Stage {
-            tally: self,
+    /// Adds what a stage has seen, given how its command ended.
+    pub(crate) fn add(&mut self, stage: Stage, end: End) {
+        let Stage {
             name,
-            passed: 0,
-            failed: 0,
-            named: 0,
-            skipped: 0,
-            pending: None,
+            passed,
+            failed,
+            failures,
+            skips,
+            pending,
+        } = stage;
+        let said_skipped = skips.iter().filter(|skip| skip.by_passing).count();
+        self.passed += passed.saturating_sub(said_skipped);
+        let unnamed = failed.saturating_sub(failures.len());
+        let clean = passed > 0 && failed == 0 && failures.is_empty();
+        let silent = passed + failed + skips.len() + failures.len() == 0;
+        for test in &failures {
+            self.fail(format!("{name} {test}"));
+        }
+        for _ in 0..unnamed {
+            self.fail(format!("{name}: a test that was not named"));
+        }
+        for skip in skips {
+            self.skip(&skip.test, &skip.why);
+        }
+        let in_test = pending
+            .map(|test| format!(", in {test}"))
+            .unwrap_or_default();
+        match end {
+            End::Success if silent => self.fail(format!("{name}: no test ran")),
+            End::Success => {}
+            End::Failure(_) if !clean && !silent => {}
+            End::Failure(_) | End::TimedOut => self.fail(format!("{name}: {end}{in_test}")),
         }
     }
 }
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} passed, {} failed",
-            self.passed,
-            self.failures.len() + self.failed_unnamed
-        )?;
+        write!(f, "{} passed, {} failed", self.passed, self.failures.len())?;
         if !self.skips.is_empty() {
             write!(f, ", {} skipped", self.skips.len())?;
         }
@@ -88,76 +103,65 @@ impl fmt::Display for Tally {
     }
 }
 
-/// The results of one stage while it runs.
-#[derive(Debug)]
-pub(crate) struct Stage<'a> {
-    tally: &'a mut Tally,
-    name: &'a str,
+/// What one program, or several in a row, said in libtest's lines.
+#[derive(Debug, Default)]
+pub(crate) struct Stage {
+    name: String,
     passed: usize,
     failed: usize,
-    /// Of the failed, those that were named.
-    named: usize,
-    /// Of the passed, those that said that they did not run.
-    skipped: usize,
+    /// Those of the failed that were named.
+    failures: Vec<String>,
+    skips: Vec<Skip>,
     /// A test that has begun and not ended.
     pending: Option<String>,
 }
 
-impl Stage<'_> {
+#[derive(Debug)]
+struct Skip {
+    test: String,
+    why: String,
+    /// It said so and returned, which libtest takes for a pass.
+    by_passing: bool,
+}
+
+impl Stage {
+    pub(crate) fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            ..Self::default()
+        }
+    }
+
     /// Takes one line of output.
     pub(crate) fn line(&mut self, line: &str) {
         if let Some((_, skip)) = line.split_once("SKIPPED ") {
-            let (name, why) = skip.split_once(' ').unwrap_or((skip, "no reason given"));
-            self.tally.skip(name, why);
-            self.skipped += 1;
+            let (test, why) = skip.split_once(' ').unwrap_or((skip, "no reason given"));
+            let (test, why) = (test.to_owned(), why.to_owned());
+            self.skips.push(Skip {
+                test,
+                why,
+                by_passing: true,
+            });
         } else if let Some(result) = line.strip_prefix("test result: ") {
             self.passed += count(result, "passed");
             self.failed += count(result, "failed");
-        } else if let Some(rest) = line.strip_prefix("test ") {
-            self.test_line(rest);
-        }
-    }
-
-    /// Adds up, given how the command ended.
-    pub(crate) fn end(self, end: End) {
-        let Self {
-            tally,
-            name,
-            passed,
-            failed,
-            named,
-            skipped,
-            pending,
-        } = self;
-        tally.passed += passed.saturating_sub(skipped);
-        if failed > named {
-            tally.fail(format!("{name}: {} more", failed - named));
-            tally.failed_unnamed += failed - named - 1;
-        }
-        let in_test = pending
-            .map(|test| format!(", in {test}"))
-            .unwrap_or_default();
-        match end {
-            End::Success if passed + failed == 0 => tally.fail(format!("{name}: no test ran")),
-            End::Success => {}
-            End::Failure(_) if failed + named > 0 => {}
-            End::Failure(_) | End::TimedOut => tally.fail(format!("{name}: {end}{in_test}")),
-        }
-    }
-
-    fn test_line(&mut self, rest: &str) {
-        let Some((test, outcome)) = rest.rsplit_once(" ...") else {
-            return;
-        };
-        self.pending = None;
-        match outcome.trim() {
-            "FAILED" => {
-                self.named += 1;
-                self.tally.fail(format!("{} {test}", self.name));
+        } else if let Some(rest) = line.strip_prefix("test ")
+            && let Some((test, outcome)) = rest.rsplit_once(" ...")
+        {
+            self.pending = None;
+            let test = test.to_owned();
+            match outcome.trim() {
+                "" => self.pending = Some(test),
+                "FAILED" => self.failures.push(test),
+                why if why.starts_with("ignored") => {
+                    self.skips.push(Skip {
+                        test,
+                        why: why.to_owned(),
+                        by_passing: false,
+                    });
+                }
+                _ => {}
             }
-            "" => self.pending = Some(test.to_owned()),
-            ignored if ignored.starts_with("ignored") => self.tally.skip(test, ignored),
-            _ => {}
         }
     }
 }
@@ -193,9 +197,9 @@ mod tests {
             may_skip: listed("# why\nmay_skip because\n"),
             ..Tally::default()
         };
-        let mut stage = tally.stage("unit");
+        let mut stage = Stage::new("unit");
         lines.iter().for_each(|line| stage.line(line));
-        stage.end(end);
+        tally.add(stage, end);
         tally
     }
 

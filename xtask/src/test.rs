@@ -12,7 +12,7 @@ use crate::house::House;
 use crate::kernels;
 use crate::process;
 use crate::setup::{self, Purpose};
-use crate::tally::Tally;
+use crate::tally::{self, Tally};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -102,16 +102,10 @@ impl Stage {
                 let mut build = house.cargo();
                 build.args(["build", "--locked", "--package=ztunnel"]);
                 process::must(build, BUILD_LIMIT)?;
-                libtest(
-                    house,
-                    tally,
-                    self.name(),
-                    &["--package=ztunnel-tests", "--test=netns"],
-                    "2",
-                )
+                libtest(house, tally, self.name(), &E2E, "2")
             }
             Self::Kernels => {
-                setup::ensure(house, &[Purpose::Build, Purpose::Kernels])?;
+                setup::ensure(house, &[Purpose::Build, Purpose::Pods, Purpose::Kernels])?;
                 kernels::run(house, tally)
             }
             Self::Fuzz => fuzz::smoke(house, tally),
@@ -135,12 +129,12 @@ fn libtest(
         .args(which);
     // What a passing test prints is where it says that it was skipped.
     test.args(["--", "--show-output", "--test-threads", threads]);
-    let mut count = tally.stage(stage);
+    let mut seen = tally::Stage::new(stage);
     let end = process::lines(test, RUN_LIMIT, |line| {
         println!("{line}");
-        count.line(line);
+        seen.line(line);
     })?;
-    count.end(end);
+    tally.add(seen, end);
     Ok(())
 }
 
@@ -156,6 +150,8 @@ fn clock(elapsed: Duration) -> String {
     format!("{}:{:02}", elapsed.as_secs() / 60, elapsed.as_secs() % 60)
 }
 
+/// First the harness proves itself.
+const E2E: [&str; 3] = ["--package=ztunnel-tests", "--test=harness", "--test=netns"];
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const RUN_LIMIT: Duration = Duration::from_secs(15 * 60);
 /// Unit tests share nothing.

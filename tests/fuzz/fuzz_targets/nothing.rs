@@ -6,5 +6,8 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     let text = String::from_utf8_lossy(bytes);
-    assert!(text.chars().count() <= bytes.len(), "one byte makes at most one character");
+    assert!(
+        text.chars().count() <= bytes.len(),
+        "one byte makes at most one character"
+    );
 });
