@@ -161,15 +161,14 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        if let Err(error) = release_all(&self.pin_dir) {
-            eprintln!("{}: {error}", self.pin_dir.display());
-        }
+        let released = release_all(&self.pin_dir);
         for namespace in [self.pod(), self.peer()] {
             let removed = Command::new("ip")
                 .args(["netns", "del", &namespace])
                 .output();
             drop(removed);
         }
+        assert!(thread::panicking() || released.is_ok(), "{released:?}");
     }
 }
 
@@ -208,7 +207,7 @@ pub(crate) fn total(capture: &Capture, source: CountSource, verdict: &str) -> u6
         .unwrap()
         .into_iter()
         .find(|count| count.source == source && count.verdict == verdict)
-        .unwrap_or_else(|| panic!("no counter {verdict}"))
+        .unwrap()
         .total
 }
 
@@ -296,7 +295,7 @@ impl Sniffer {
         let mut packet = [0; 256];
         let mut seen = 0;
         while let Ok(length) = self.0.read(&mut packet) {
-            let frame = &packet[..length];
+            let frame = packet.get(..length).unwrap();
             let v4 = frame.get(12..14) == Some(&[0x08, 0x00]) && frame.get(23) == Some(&6);
             let v6 = frame.get(12..14) == Some(&[0x86, 0xdd]) && frame.get(20) == Some(&6);
             seen += usize::from(v4 || v6);
@@ -333,7 +332,7 @@ pub(crate) fn ip(arguments: &str) -> String {
 
 /// The only pod of a capture.
 pub(crate) fn only(capture: &Capture) -> NetnsCookie {
-    let enrolled = capture.enrolled().unwrap();
+    let mut enrolled = capture.enrolled().unwrap();
     assert_eq!(enrolled.len(), 1, "{enrolled:?}");
-    enrolled[0]
+    enrolled.remove(0)
 }

@@ -156,12 +156,12 @@ pub const fn listener_slot(kind: ListenerKind, worker: u32) -> u32 {
 
 /// Whether the list holds the address; an unspecified address is in no list.
 pub fn holds_address(list: &[Address; MAX_ADDRESSES], address: &Address) -> bool {
-    !address.is_unspecified() && list.iter().any(|own| own == address)
+    !address.is_unspecified() && list.contains(address)
 }
 
 /// Whether the list holds the port; port 0 is in no list.
 pub fn holds_port(list: &[u16; MAX_PORTS], port: u16) -> bool {
-    port != 0 && list.iter().any(|listed| *listed == port)
+    port != 0 && list.contains(&port)
 }
 
 const V4_MAPPED: u32 = 0xffff_u32.to_be();

@@ -2,12 +2,6 @@
 //! the handle through which pods are enrolled. It never leaves a moment in which an enrolled pod is
 //! not captured.
 
-#[expect(
-    clippy::disallowed_types,
-    reason = "the maps and pins are one kernel state that calls change step by step; a snapshot \
-              cannot stand for it, and no connection's path takes this lock"
-)]
-use std::sync::Mutex;
 use std::{
     collections::BTreeMap,
     fmt,
@@ -82,7 +76,7 @@ impl Capture {
             generation,
             workers,
             ours,
-            state: Mutex::new(state),
+            state: Lock::new(state),
         });
         Ok(Self { node })
     }
@@ -126,9 +120,15 @@ pub(super) struct Node {
     pub(super) generation: Generation,
     pub(super) workers: u32,
     pub(super) ours: Arc<OwnedFd>,
-    #[expect(clippy::disallowed_types, reason = "see the import")]
-    state: Mutex<State>,
+    state: Lock,
 }
+
+#[expect(
+    clippy::disallowed_types,
+    reason = "maps and pins are one kernel state that a call changes step by step, for which no \
+              snapshot can stand; no connection's path takes this lock"
+)]
+type Lock = std::sync::Mutex<State>;
 
 pub(super) struct State {
     pub(super) loader: Loader,

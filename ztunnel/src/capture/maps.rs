@@ -234,7 +234,7 @@ impl PodMaps {
     }
 
     /// Puts every worker's listeners in their slots; the listeners that they replace get nothing more.
-    pub(super) fn put_listeners(&mut self, workers: &[WorkerListeners]) -> Result<(), Error> {
+    pub(super) fn put_listeners(&self, workers: &[WorkerListeners]) -> Result<(), Error> {
         let mut slots = self.slots()?;
         for (worker, listeners) in (0..).zip(workers) {
             for (kind, listener) in [
@@ -251,7 +251,7 @@ impl PodMaps {
     }
 
     /// Empties the slots of workers that this process does not have.
-    pub(super) fn clear_listeners(&mut self, from_worker: u32) -> Result<(), Error> {
+    pub(super) fn clear_listeners(&self, from_worker: u32) -> Result<(), Error> {
         let mut slots = self.slots()?;
         for kind in [
             ListenerKind::Outbound,

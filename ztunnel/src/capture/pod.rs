@@ -40,10 +40,15 @@ impl PodCapture {
             owns_fwmark_accept: u32::from(turned_on),
             ..InboundRules::default()
         };
+        let entry = Entry {
+            node,
+            netns,
+            settings,
+        };
         let prepared = if known && POD_MAPS.iter().all(|shape| shape.is_at(&dir)) {
-            take_over(node, &mut state, netns, settings, &base, &listeners)
+            entry.take_over(&mut state, &base, &listeners)
         } else {
-            publish(node, &mut state, netns, settings, &base, &listeners)
+            entry.publish(&mut state, &base, &listeners)
         };
         let captured = prepared
             .and_then(|()| state.maps.replace_cidrs(cookie, &settings.cidrs(cookie)))
@@ -110,51 +115,56 @@ impl PodCapture {
     }
 }
 
-/// Replaces the listeners and the program of the process before; there is always one of each.
-fn take_over(
-    node: &Node,
-    state: &mut State,
-    netns: &Netns,
-    settings: &PodSettings,
-    base: &InboundRules,
-    listeners: &[WorkerListeners],
-) -> Result<(), Error> {
-    let dir = node.generation.pod(netns.cookie());
-    let mut pod = PodMaps::open(&dir)?;
-    let before = pod.rules()?;
-    let rules = settings.inbound(&InboundRules {
-        owns_fwmark_accept: before.owns_fwmark_accept | base.owns_fwmark_accept,
-        ..*base
-    })?;
-    pod.put_listeners(listeners)?;
-    pod.set_rules(&rules)?;
-    pod.clear_listeners(node.workers)?;
-    let mut object = state.loader.object(&node.generation.dir, Some(&dir))?;
-    swap_or_attach(&mut object, netns, &dir, &dir)
+/// A pod's directory in the making.
+struct Entry<'a> {
+    node: &'a Node,
+    netns: &'a Netns,
+    settings: &'a PodSettings,
 }
 
-/// Builds the pod's directory aside and gives it its name when it is complete. One that is there
-/// already lacks a map; its link is carried over.
-fn publish(
-    node: &Node,
-    state: &mut State,
-    netns: &Netns,
-    settings: &PodSettings,
-    base: &InboundRules,
-    listeners: &[WorkerListeners],
-) -> Result<(), Error> {
-    let unfinished = node.generation.unfinished_pod(netns.cookie());
-    let dir = node.generation.pod(netns.cookie());
-    pins::create(&unfinished)?;
-    let mut object = state
-        .loader
-        .object(&node.generation.dir, Some(&unfinished))?;
-    let mut pod = PodMaps::open(&unfinished)?;
-    pod.put_listeners(listeners)?;
-    pod.set_rules(&settings.inbound(base)?)?;
-    swap_or_attach(&mut object, netns, &dir, &unfinished)?;
-    pins::remove(&dir)?;
-    pins::publish(&unfinished, &dir)
+impl Entry<'_> {
+    /// Replaces the listeners and the program of the process before; there is always one of each.
+    fn take_over(
+        &self,
+        state: &mut State,
+        base: &InboundRules,
+        listeners: &[WorkerListeners],
+    ) -> Result<(), Error> {
+        let generation = &self.node.generation;
+        let dir = generation.pod(self.netns.cookie());
+        let mut pod = PodMaps::open(&dir)?;
+        let before = pod.rules()?;
+        let rules = self.settings.inbound(&InboundRules {
+            owns_fwmark_accept: before.owns_fwmark_accept | base.owns_fwmark_accept,
+            ..*base
+        })?;
+        pod.put_listeners(listeners)?;
+        pod.set_rules(&rules)?;
+        pod.clear_listeners(base.workers)?;
+        let mut object = state.loader.object(&generation.dir, Some(&dir))?;
+        swap_or_attach(&mut object, self.netns, &dir, &dir)
+    }
+
+    /// Builds the pod's directory aside and gives it its name when it is complete. One that is there
+    /// already lacks a map; its link is carried over.
+    fn publish(
+        &self,
+        state: &mut State,
+        base: &InboundRules,
+        listeners: &[WorkerListeners],
+    ) -> Result<(), Error> {
+        let generation = &self.node.generation;
+        let dir = generation.pod(self.netns.cookie());
+        let unfinished = generation.unfinished_pod(self.netns.cookie());
+        pins::create(&unfinished)?;
+        let mut object = state.loader.object(&generation.dir, Some(&unfinished))?;
+        let mut pod = PodMaps::open(&unfinished)?;
+        pod.put_listeners(listeners)?;
+        pod.set_rules(&self.settings.inbound(base)?)?;
+        swap_or_attach(&mut object, self.netns, &dir, &unfinished)?;
+        pins::remove(&dir)?;
+        pins::publish(&unfinished, &dir)
+    }
 }
 
 /// Puts the program on the link pinned in `old`, or on a new one, and the link's pin in `dir`.
