@@ -157,6 +157,13 @@ fn parse(filter: &str) -> Result<EnvFilter, Error> {
         })
 }
 
+/// Whether a text stands for itself between quotes, in both formats. Nearly every text does, and is
+/// copied as it is.
+fn needs_no_escape(text: &str) -> bool {
+    text.bytes()
+        .all(|b| matches!(b, b' '..=b'~') && b != b'"' && b != b'\\')
+}
+
 /// The level as both formats print it.
 fn level(level: &tracing::Level) -> &'static str {
     match *level {

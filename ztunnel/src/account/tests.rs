@@ -649,3 +649,9 @@ fn a_pod_without_a_name_is_shown_by_its_service_and_spans_carry_the_trace() {
     );
     assert!(opened.contains("src.workload=\"web-app\""), "{opened}");
 }
+
+#[test]
+fn what_a_connection_keeps_is_within_its_budget_in_bytes() {
+    let kept = size_of::<Ledger>() + size_of::<ledger::Known>();
+    assert!(kept <= 384, "{kept}");
+}

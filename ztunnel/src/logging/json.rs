@@ -92,7 +92,7 @@ impl Members {
             self.0.push(',');
         }
         let name = field.name();
-        let name = text(name.strip_prefix("r#").unwrap_or(name)).to_string();
+        let name = text(name.strip_prefix("r#").unwrap_or(name));
         self.0.extend([&name, ":", value]);
     }
 }
@@ -111,7 +111,7 @@ impl Visit for Members {
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.member(field, &text(value).to_string());
+        self.member(field, &text(value));
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
@@ -123,7 +123,11 @@ impl Visit for Members {
     }
 }
 
-/// A text as JSON writes it.
-fn text(text: &str) -> serde_json::Value {
-    serde_json::Value::from(text)
+/// A text as JSON writes it, with its quotes.
+fn text(text: &str) -> String {
+    if super::needs_no_escape(text) {
+        ["\"", text, "\""].concat()
+    } else {
+        serde_json::Value::from(text).to_string()
+    }
 }

@@ -77,34 +77,43 @@ struct Pairs {
 }
 
 impl Pairs {
-    fn pair(&mut self, field: &Field, value: &str) {
+    fn quoted(&mut self, field: &Field, text: &str) {
+        if super::needs_no_escape(text) {
+            self.pair(field, &["\"", text, "\""]);
+        } else {
+            self.pair(field, &[&format!("{text:?}")]);
+        }
+    }
+
+    fn pair(&mut self, field: &Field, value: &[&str]) {
         if !self.fields.is_empty() {
             self.fields.push(' ');
         }
         let name = field.name();
         let name = name.strip_prefix("r#").unwrap_or(name);
-        self.fields.extend([name, "=", value]);
+        self.fields.extend([name, "="]);
+        self.fields.extend(value.iter().copied());
     }
 }
 
 impl Visit for Pairs {
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.pair(field, &value.to_string());
+        self.pair(field, &[&value.to_string()]);
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.pair(field, &value.to_string());
+        self.pair(field, &[&value.to_string()]);
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.pair(field, &value.to_string());
+        self.pair(field, &[&value.to_string()]);
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
         if field.name() == "message" {
             one_line(&mut self.message, value);
         } else {
-            self.pair(field, &format!("{value:?}"));
+            self.quoted(field, value);
         }
     }
 
@@ -117,9 +126,9 @@ impl Visit for Pairs {
         if field.name() == "message" {
             one_line(&mut self.message, &text);
         } else if is_plain(&text) {
-            self.pair(field, &text);
+            self.pair(field, &[&text]);
         } else {
-            self.pair(field, &format!("{text:?}"));
+            self.quoted(field, &text);
         }
         self.scratch = text;
     }
@@ -127,14 +136,15 @@ impl Visit for Pairs {
 
 /// Whether a value needs no quotes to be told from what stands around it.
 fn is_plain(text: &str) -> bool {
-    !text.is_empty()
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_graphic() && b != b'"' && b != b'\\')
+    !text.is_empty() && !text.contains(' ') && super::needs_no_escape(text)
 }
 
 /// Appends a message; what is not printable, such as a newline, is written as its escape.
 fn one_line(message: &mut String, text: &str) {
+    if super::needs_no_escape(text) {
+        message.push_str(text);
+        return;
+    }
     for c in text.chars() {
         match c {
             ' '..='~' => message.push(c),
