@@ -5,5 +5,5 @@ mod file;
 mod watch;
 
 pub use error::Error;
-pub use file::{PodEntry, State, parse};
+pub use file::{MAX_FILE_BYTES, PodEntry, State, parse};
 pub use watch::FileSource;

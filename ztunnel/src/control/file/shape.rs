@@ -11,8 +11,8 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_saphyr::Spanned;
 
-use super::PodEntry;
 use super::leaf::{CidrVip, Leaf, Name, Port, TargetPort};
+use super::parse::PodEntry;
 use crate::model::{
     Action, AppProtocol, ApplicationTunnel, Clause, GatewayAddress, GatewayDestination, Health,
     HealthPolicy, InvalidSpiffeId, IpFamilies, LoadBalancer, LoadBalancerMode, Locality, Match,

@@ -10,11 +10,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde_saphyr::{Location, MessageFormatter as _, Spanned, UserMessageFormatter};
 
-use super::error::Error;
+use super::shape;
+use crate::control::Error;
 use crate::model::{NetworkAddr, NetworkMode, PodRef, Policy, Service, Workload};
-
-mod leaf;
-mod shape;
 
 /// Everything that a file says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,7 +67,7 @@ pub fn parse(file: &Path, text: &str) -> Result<State, Error> {
 }
 
 /// The largest file that is read.
-pub(super) const MAX_FILE_BYTES: u64 = 64 << 20;
+pub const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// What is wrong, and where.
 struct Fault {
