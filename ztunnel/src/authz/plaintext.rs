@@ -14,7 +14,7 @@ pub enum PlaintextVerdict {
     Proxy,
 }
 
-/// Says `Drop` only where [`check`](super::check) refuses every flow without identity.
+/// Says `Drop` only where [`check`](fn@super::check) refuses every flow without identity.
 #[must_use]
 pub fn plaintext_verdict(policies: &Policies, workload: &Workload) -> PlaintextVerdict {
     let anybody = Facts::anonymous();

@@ -357,6 +357,10 @@ fn a_file_without_content_is_refused_but_an_empty_mesh_is_not() {
             "{text:?}"
         );
     }
+    assert_eq!(
+        read("").unwrap_err(),
+        "mesh.yaml: empty file; write {} if nothing is meant"
+    );
     assert_eq!(read("{}"), Ok(State::default()));
     assert_eq!(read("workloads: []\n"), Ok(State::default()));
 }
@@ -402,7 +406,10 @@ fn text_that_is_no_such_document_is_refused_with_its_place() {
             "workloads: [x]",
             "mesh.yaml:1:13: workloads[0]: expected mapping",
         ),
-        ("{}\n---\n{}\n", "mesh.yaml:"),
+        (
+            "{}\n---\n{}\n",
+            "mesh.yaml:3:1: only single YAML document expected",
+        ),
         ("a: \u{0}", "mesh.yaml:1:"),
         ("pods: []\n bad", "mesh.yaml:2:"),
     ] {
@@ -663,15 +670,15 @@ workloads:
 ";
     let state = read(text).unwrap();
     assert_eq!(&*state.workloads[1].node, "n1");
-    let mut bomb = "a0: &a0 [x]\n".to_owned();
+    let mut bomb = "services:\n- name: a\n  endpoints:\n    a0: &a0 [x]\n".to_owned();
     for i in 1..40 {
         let last = i - 1;
         bomb.push_str(&format!(
-            "a{i}: &a{i} [*a{last}, *a{last}, *a{last}, *a{last}]\n"
+            "    a{i}: &a{i} [*a{last}, *a{last}, *a{last}, *a{last}]\n"
         ));
     }
-    bomb.push_str("workloads: *a39\n");
-    assert!(read(&bomb).is_err());
+    let error = read(&bomb).unwrap_err();
+    assert!(error.contains("services[0].endpoints.a"), "{error}");
     let deep = format!("workloads: {}", "[".repeat(100_000));
     assert!(read(&deep).is_err());
 }
