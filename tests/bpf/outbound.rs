@@ -8,12 +8,12 @@ use std::{
     thread,
 };
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use ztunnel::capture::{Capture, PodSettings};
 
 use crate::world::{
     Enrolled, PATIENCE, PEER4, PEER6, POD4, POD6, PORT, Sniffer, WATCH, World, accept, address, at,
-    idle, said, settings, spawn_in,
+    idle, ip, said, settings, spawn_in,
 };
 
 #[test]
@@ -185,8 +185,74 @@ fn the_mark_of_our_own_dials_takes_nothing_out_of_the_pod() {
     // Bound to `lo`, the mark's route leads nowhere for a socket without an address (6.18).
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::NetworkUnreachable);
     assert_eq!(enrolled.connects("captured"), 1);
-    assert_eq!(sniffer.tcp(), 0);
+    assert_eq!(sniffer.tcp(PORT), 0);
     assert_eq!(server.served(), 0);
+}
+
+#[test]
+fn every_way_to_open_a_tcp_connection_is_captured() {
+    let world = World::new();
+    let server = world.peer_server();
+    let enrolled = world.enrolled(&settings());
+    let destination = at(PEER4, PORT);
+    let ways: [fn(SocketAddr) -> std::io::Result<Socket>; 4] = [
+        |to| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP))?;
+            socket.connect(&to.into()).map(|()| socket)
+        },
+        |to| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            socket.send_to_with_flags(b"fast open", &to.into(), libc::MSG_FASTOPEN)?;
+            Ok(socket)
+        },
+        |to| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None)?;
+            let pending = socket.connect(&to.into()).unwrap_err();
+            assert_eq!(pending.raw_os_error(), Some(libc::EINPROGRESS));
+            Ok(socket)
+        },
+        // A socket that failed to connect, and so is bound already.
+        |to| {
+            let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
+            socket.connect(&at(POD6, 1).into()).unwrap_err();
+            socket.connect(&at(&format!("::ffff:{PEER4}"), to.port()).into())?;
+            Ok(socket)
+        },
+    ];
+    for (way, connect) in ways.into_iter().enumerate() {
+        let client = spawn_in(&world.pod(), move || connect(destination));
+        let ours = accept(&enrolled.listeners.outbound);
+        assert_eq!(
+            canonical(ours.local_addr().unwrap()),
+            destination,
+            "way {way}"
+        );
+        drop(client.join().unwrap().unwrap());
+    }
+    assert_eq!(server.served(), 0);
+}
+
+#[test]
+fn a_pod_without_ipv6_is_captured() {
+    let world = World::new();
+    ip(&format!("-n {} -6 addr flush dev eth0", world.pod()));
+    world.in_pod(|| {
+        for device in ["all", "default", "lo"] {
+            let sysctl = format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6");
+            std::fs::write(sysctl, "1").unwrap();
+        }
+    });
+    let before = world.configuration();
+    let enrolled = world.enrolled(&settings());
+    let client = world.pod_connects(at(PEER4, PORT));
+    accept(&enrolled.listeners.outbound);
+    drop(client.join().unwrap().unwrap());
+    enrolled.capture.release(enrolled.pod.cookie()).unwrap();
+    assert_eq!(
+        ip(&format!("-n {} -6 rule", world.pod())).lines().count(),
+        2,
+        "{before}"
+    );
 }
 
 #[test]
@@ -233,8 +299,17 @@ fn without_a_listener_connections_wait_and_nothing_leaves() {
     let world = World::new();
     let server = world.peer_server();
     let mut sniffer = Sniffer::on_peer(&world);
-    drop(world.pod_connects(at(PEER4, PORT)).join().unwrap().unwrap());
-    assert!(sniffer.tcp() > 0, "the sniffer works");
+    world
+        .pod_connects(at(PEER4, CANARY))
+        .join()
+        .unwrap()
+        .unwrap_err();
+    world
+        .pod_connects(at(PEER6, CANARY))
+        .join()
+        .unwrap()
+        .unwrap_err();
+    assert!(sniffer.tcp(CANARY) >= 4, "the sniffer works");
 
     let Enrolled {
         capture,
@@ -244,7 +319,6 @@ fn without_a_listener_connections_wait_and_nothing_leaves() {
     // An application that listens everywhere must not get it either.
     let app = world.pod_server();
     drop((pod, listeners));
-    sniffer.tcp();
     let (done, outcome) = mpsc::channel();
     for destination in [PEER4, PEER6] {
         let done = done.clone();
@@ -255,8 +329,8 @@ fn without_a_listener_connections_wait_and_nothing_leaves() {
         outcome.recv_timeout(WATCH).err(),
         Some(RecvTimeoutError::Timeout)
     );
-    assert_eq!(sniffer.tcp(), 0, "packets on the wire");
-    assert_eq!((app.served(), server.served()), (0, 1));
+    assert_eq!(sniffer.tcp(PORT), 0, "packets on the wire");
+    assert_eq!((app.served(), server.served()), (0, 0));
 
     let enrolled = Enrolled::new(capture, &world, &settings());
     assert!(enrolled.lookups("outbound_no_listener") >= 2);
@@ -265,8 +339,8 @@ fn without_a_listener_connections_wait_and_nothing_leaves() {
     for _ in 0..2 {
         outcome.recv_timeout(PATIENCE).unwrap().unwrap();
     }
-    assert_eq!(sniffer.tcp(), 0, "packets on the wire");
-    assert_eq!((app.served(), server.served()), (0, 1));
+    assert_eq!(sniffer.tcp(PORT), 0, "packets on the wire");
+    assert_eq!((app.served(), server.served()), (0, 0));
 }
 
 #[test]
@@ -328,6 +402,9 @@ fn a_connection_is_accepted_by_the_worker_of_its_processor() {
         assert!(idle(&listeners[1 - processor].outbound));
     }
 }
+
+/// Where nobody listens.
+const CANARY: u16 = 9;
 
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())

@@ -55,6 +55,10 @@ impl World {
         ip(&format!(
             "link add eth0 netns {pod} type veth peer name eth0 netns {peer}"
         ));
+        // Addresses of the test's own only: those that the kernel makes come and change at leisure.
+        for namespace in [&pod, &peer] {
+            ip(&format!("-n {namespace} link set eth0 addrgenmode none"));
+        }
         for (namespace, four, six) in [(&pod, POD4, POD6), (&peer, PEER4, PEER6)] {
             ip(&format!("-n {namespace} addr add {four}/24 dev eth0"));
             ip(&format!("-n {namespace} addr add {six}/64 dev eth0 nodad"));
@@ -290,15 +294,20 @@ impl Sniffer {
         Self(socket)
     }
 
-    /// TCP packets seen since the last call.
-    pub(crate) fn tcp(&mut self) -> usize {
+    /// TCP packets to or from this port, of those seen since the last call.
+    pub(crate) fn tcp(&mut self, port: u16) -> usize {
         let mut packet = [0; 256];
         let mut seen = 0;
         while let Ok(length) = self.0.read(&mut packet) {
             let frame = packet.get(..length).unwrap();
-            let v4 = frame.get(12..14) == Some(&[0x08, 0x00]) && frame.get(23) == Some(&6);
-            let v6 = frame.get(12..14) == Some(&[0x86, 0xdd]) && frame.get(20) == Some(&6);
-            seen += usize::from(v4 || v6);
+            let ports = match (frame.get(12..14), frame.get(23), frame.get(20)) {
+                (Some([0x08, 0x00]), Some(6), _) => frame.get(34..38),
+                (Some([0x86, 0xdd]), _, Some(6)) => frame.get(54..58),
+                _ => None,
+            };
+            seen += usize::from(
+                ports.is_some_and(|ports| ports.chunks(2).any(|bytes| bytes == port.to_be_bytes())),
+            );
         }
         seen
     }

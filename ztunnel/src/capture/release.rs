@@ -108,8 +108,7 @@ fn release_pod(dir: &Path, netns: Option<&Netns>) -> Result<bool, Error> {
     // Rules that cannot be read are of another ABI; the sysctl was most likely ours.
     let owns_sysctl = PodMaps::open(dir)
         .and_then(|pod| pod.rules())
-        .is_ok_and(|rules| rules.owns_fwmark_accept == 0);
-    let owns_sysctl = !owns_sysctl;
+        .map_or(true, |rules| rules.owns_fwmark_accept != 0);
     detach(&dir.join(pins::LINK))?;
     let found = if netns.is_none() && inode != 0 {
         Netns::find(inode)
@@ -117,10 +116,10 @@ fn release_pod(dir: &Path, netns: Option<&Netns>) -> Result<bool, Error> {
         None
     };
     let netns = netns.or(found.as_ref());
-    if let Some(netns) = netns {
-        route::remove(netns, owns_sysctl)?;
-    }
+    let cleared = netns.map_or(Ok(()), |netns| route::remove(netns, owns_sysctl));
+    // Also when the namespace could not be cleared: pins without a program help nobody.
     pins::remove(dir)?;
+    cleared?;
     Ok(netns.is_some() || inode == 0)
 }
 
