@@ -185,7 +185,29 @@ fn the_mark_of_our_own_dials_takes_nothing_out_of_the_pod() {
     // Bound to `lo`, the mark's route leads nowhere for a socket without an address (6.18).
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::NetworkUnreachable);
     assert_eq!(enrolled.connects("captured"), 1);
-    assert_eq!(sniffer.tcp(PORT), 0);
+    assert_eq!(sniffer.tcp(PORT), [""; 0]);
+    assert_eq!(server.served(), 0);
+}
+
+#[test]
+fn a_device_that_takes_the_name_of_lo_takes_nothing_out_of_the_pod() {
+    let world = World::new();
+    let server = world.peer_server();
+    let enrolled = world.enrolled(&settings());
+    let pod = world.pod();
+    for command in [
+        "link set lo down",
+        "link set lo name real",
+        "link set eth0 down",
+        "link set eth0 name lo",
+        "link set real up",
+        "link set lo up",
+    ] {
+        ip(&format!("-n {pod} {command}"));
+    }
+    let client = world.pod_connects(at(PEER4, PORT));
+    accept(&enrolled.listeners.outbound);
+    drop(client.join().unwrap().unwrap());
     assert_eq!(server.served(), 0);
 }
 
@@ -309,7 +331,7 @@ fn without_a_listener_connections_wait_and_nothing_leaves() {
         .join()
         .unwrap()
         .unwrap_err();
-    assert!(sniffer.tcp(CANARY) >= 4, "the sniffer works");
+    assert!(sniffer.tcp(CANARY).len() >= 4, "the sniffer works");
 
     let Enrolled {
         capture,
@@ -329,17 +351,18 @@ fn without_a_listener_connections_wait_and_nothing_leaves() {
         outcome.recv_timeout(WATCH).err(),
         Some(RecvTimeoutError::Timeout)
     );
-    assert_eq!(sniffer.tcp(PORT), 0, "packets on the wire");
+    assert_eq!(sniffer.tcp(PORT), [""; 0]);
     assert_eq!((app.served(), server.served()), (0, 0));
 
     let enrolled = Enrolled::new(capture, &world, &settings());
     assert!(enrolled.lookups("outbound_no_listener") >= 2);
-    accept(&enrolled.listeners.outbound);
-    accept(&enrolled.listeners.outbound);
-    for _ in 0..2 {
-        outcome.recv_timeout(PATIENCE).unwrap().unwrap();
-    }
-    assert_eq!(sniffer.tcp(PORT), 0, "packets on the wire");
+    // Kept open: for a late packet of a closed connection the kernel sends a reset without a socket,
+    // and so without its device: empty, but on the wire (seen on 6.1 with IPv6).
+    let _open = [0, 1].map(|_| {
+        let ours = accept(&enrolled.listeners.outbound);
+        (ours, outcome.recv_timeout(PATIENCE).unwrap().unwrap())
+    });
+    assert_eq!(sniffer.tcp(PORT), [""; 0]);
     assert_eq!((app.served(), server.served()), (0, 0));
 }
 

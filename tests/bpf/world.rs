@@ -294,20 +294,26 @@ impl Sniffer {
         Self(socket)
     }
 
-    /// TCP packets to or from this port, of those seen since the last call.
-    pub(crate) fn tcp(&mut self, port: u16) -> usize {
+    /// TCP packets to or from this port, of those seen since the last call: addresses, ports and
+    /// flags as bytes, for who must find out what leaked.
+    pub(crate) fn tcp(&mut self, port: u16) -> Vec<String> {
         let mut packet = [0; 256];
-        let mut seen = 0;
+        let mut seen = Vec::new();
         while let Ok(length) = self.0.read(&mut packet) {
             let frame = packet.get(..length).unwrap();
-            let ports = match (frame.get(12..14), frame.get(23), frame.get(20)) {
-                (Some([0x08, 0x00]), Some(6), _) => frame.get(34..38),
-                (Some([0x86, 0xdd]), _, Some(6)) => frame.get(54..58),
-                _ => None,
+            let (addresses, tcp) = match (frame.get(12..14), frame.get(23), frame.get(20)) {
+                (Some([0x08, 0x00]), Some(6), _) => (frame.get(26..34), frame.get(34..48)),
+                (Some([0x86, 0xdd]), _, Some(6)) => (frame.get(22..54), frame.get(54..68)),
+                _ => continue,
             };
-            seen += usize::from(
-                ports.is_some_and(|ports| ports.chunks(2).any(|bytes| bytes == port.to_be_bytes())),
-            );
+            let tcp = tcp.unwrap();
+            if tcp
+                .chunks(2)
+                .take(2)
+                .any(|bytes| bytes == port.to_be_bytes())
+            {
+                seen.push(format!("{addresses:x?} {tcp:x?}"));
+            }
         }
         seen
     }

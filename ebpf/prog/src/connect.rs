@@ -136,15 +136,16 @@ fn bind_to_lo(ctx: &SockAddrContext, socket: *mut bpf_sock) -> bool {
     if unsafe { addr_of!((*socket).bound_dev_if).read_volatile() } == LOOPBACK_IFINDEX {
         return true;
     }
-    let mut name = *b"lo\0";
-    // SAFETY: the pointer and the length are those of `name`, which lives through the call.
+    // By index, which is the kernel's: a pod that may rename devices could call another one `lo`.
+    let mut index = LOOPBACK_IFINDEX;
+    // SAFETY: the pointer and the length are those of `index`, which lives through the call.
     let refused = unsafe {
         bpf_setsockopt(
             ctx.as_ptr(),
             SOL_SOCKET,
-            SO_BINDTODEVICE,
-            name.as_mut_ptr().cast(),
-            3,
+            SO_BINDTOIFINDEX,
+            (&raw mut index).cast(),
+            INDEX_BYTES,
         )
     };
     refused == 0
@@ -168,6 +169,7 @@ const SOCK_STREAM: u32 = 1;
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
 const SOL_SOCKET: i32 = 1;
-const SO_BINDTODEVICE: i32 = 25;
+const SO_BINDTOIFINDEX: i32 = 62;
+const INDEX_BYTES: i32 = 4;
 /// The kernel gives every network namespace's `lo` this index.
 const LOOPBACK_IFINDEX: u32 = 1;

@@ -11,7 +11,7 @@ use std::{
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Netns, route, sys};
+use super::{Netns, netns, route, sys};
 
 /// Makes sockets in one pod. Cheap to clone; every worker has one.
 #[derive(Clone, Debug)]
@@ -58,7 +58,7 @@ impl Dialer {
         // The application's answers carry the mark of our SYN, and so come back to us over `lo`.
         socket.set_mark(route::REPLY_MARK)?;
         // Without it the kernel side sees the device of the address, and would capture us.
-        socket.bind_device(Some(b"lo"))?;
+        socket.bind_device_by_index_v4(Some(netns::LOOPBACK))?;
         // connect(2) needs the port unique per destination only, bind(2) would need it free.
         setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         socket.bind(&SocketAddr::new(client, 0).into())?;

@@ -8,7 +8,7 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Error, Netns};
+use super::{Error, Netns, netns};
 
 /// One worker's listeners in one pod, nonblocking. An accepted socket's local address is the one that
 /// the peer dialled.
@@ -87,7 +87,7 @@ fn bound(kind: &Kind, port: u16) -> io::Result<Socket> {
         } else {
             socket.set_ip_transparent_v4(true)?;
         }
-        socket.bind_device(Some(b"lo"))?;
+        socket.bind_device_by_index_v4(Some(netns::LOOPBACK))?;
     }
     socket.bind(&any.into())?;
     Ok(socket)

@@ -5,6 +5,7 @@ use std::{
     fmt,
     fs::{self, File},
     io,
+    num::NonZeroU32,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process, thread,
@@ -149,4 +150,6 @@ impl Drop for WayHome<'_> {
     }
 }
 
+/// The index of `lo` in every namespace. Its name is the pod's to change.
+pub(super) const LOOPBACK: NonZeroU32 = NonZeroU32::MIN;
 const HOME: &str = "/proc/thread-self/ns/net";

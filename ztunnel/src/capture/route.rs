@@ -17,7 +17,7 @@ use rtnetlink::{
     },
 };
 
-use super::{Error, Netns};
+use super::{Error, Netns, netns};
 
 // PROTOCOL.md#reply-mark
 /// On our connections to the application; its answers carry it too.
@@ -30,7 +30,9 @@ pub(super) fn install(netns: &Netns) -> Result<bool, Error> {
             let turned_on = write_sysctl("1")?;
             let v6 = has_v6();
             on_netlink(async |handle| {
-                let up = LinkUnspec::new_with_index(LOOPBACK_IFINDEX).up().build();
+                let up = LinkUnspec::new_with_index(netns::LOOPBACK.get())
+                    .up()
+                    .build();
                 accept(handle.link().set(up).execute().await, &[])
                     .map_err(route_error("set lo up"))?;
                 for wanted in wanted(v6) {
@@ -74,7 +76,7 @@ fn wanted(v6: bool) -> Vec<Wanted> {
             Box::new(
                 RouteMessageBuilder::<Ipv4Addr>::new()
                     .table_id(REPLY_TABLE)
-                    .output_interface(LOOPBACK_IFINDEX)
+                    .output_interface(netns::LOOPBACK.get())
                     .kind(RouteType::Local)
                     .scope(RouteScope::Host)
                     .protocol(RouteProtocol::Static)
@@ -85,7 +87,7 @@ fn wanted(v6: bool) -> Vec<Wanted> {
     if v6 {
         let local = || {
             RouteMessageBuilder::<Ipv6Addr>::new()
-                .output_interface(LOOPBACK_IFINDEX)
+                .output_interface(netns::LOOPBACK.get())
                 .kind(RouteType::Local)
                 .protocol(RouteProtocol::Static)
         };
@@ -206,7 +208,6 @@ fn has_v6() -> bool {
 
 // Opening it inside the namespace shows the namespace's own value.
 const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
-const LOOPBACK_IFINDEX: u32 = 1;
 /// The number of the plaintext port; free in the tables that distributions name.
 const REPLY_TABLE: u32 = 15006;
 const MAIN_TABLE: u32 = 254;
