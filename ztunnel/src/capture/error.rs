@@ -75,8 +75,6 @@ pub enum Error {
     PinLink { path: PathBuf, source: PinError },
     #[error("{pods} pods are enrolled already, which is the limit")]
     PodsFull { pods: u32 },
-    #[error("read {path}")]
-    Read { path: PathBuf, source: io::Error },
     #[error("eBPF program {name}")]
     Program {
         name: &'static str,
@@ -84,6 +82,8 @@ pub enum Error {
     },
     #[error("the eBPF object has no program {name}; the build is broken: cargo xtask setup")]
     ProgramMissing { name: &'static str },
+    #[error("read {path}")]
+    Read { path: PathBuf, source: io::Error },
     #[error("{purpose} in the pod's network namespace: {answer}")]
     Route {
         purpose: &'static str,
