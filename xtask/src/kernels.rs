@@ -346,21 +346,22 @@ fn boot(
     let mut running: Option<Stage> = None;
     let mut ran = 0_usize;
     let end = process::lines(qemu, BOOT_LIMIT, |line| {
-        println!("{series} | {line}");
+        let show = running.as_mut().is_none_or(|stage| stage.line(line));
+        if show {
+            println!("{series} | {line}");
+        }
         if let Some(name) = line.strip_prefix("@@ begin ") {
             running = Some(Stage::new(format!("kernels {series} {name}")));
-        } else if let Some(code) = line.strip_prefix("@@ end ") {
-            if let Some(stage) = running.take() {
-                ran += 1;
-                let end = if code == "0" {
-                    End::Success
-                } else {
-                    End::Failure(code.parse().ok())
-                };
-                tally.add(stage, end);
-            }
-        } else if let Some(stage) = &mut running {
-            stage.line(line);
+        } else if let Some(code) = line.strip_prefix("@@ end ")
+            && let Some(stage) = running.take()
+        {
+            ran += 1;
+            let end = if code == "0" {
+                End::Success
+            } else {
+                End::Failure(code.parse().ok())
+            };
+            tally.add(stage, end);
         }
     })?;
     if let Some(stage) = running {

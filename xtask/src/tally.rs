@@ -66,6 +66,7 @@ impl Tally {
             failures,
             skips,
             pending,
+            successes: _,
         } = stage;
         let said_skipped = skips.iter().filter(|skip| skip.by_passing).count();
         self.passed += passed.saturating_sub(said_skipped);
@@ -114,6 +115,8 @@ pub(crate) struct Stage {
     skips: Vec<Skip>,
     /// A test that has begun and not ended.
     pending: Option<String>,
+    /// In the list of passed tests and what they printed.
+    successes: bool,
 }
 
 #[derive(Debug)]
@@ -132,9 +135,20 @@ impl Stage {
         }
     }
 
-    /// Takes one line of output.
-    pub(crate) fn line(&mut self, line: &str) {
-        if let Some((_, skip)) = line.split_once("SKIPPED ") {
+    /// Takes one line of output; true if a person wants to see it.
+    pub(crate) fn line(&mut self, line: &str) -> bool {
+        match line {
+            "successes:" => self.successes = true,
+            "failures:" => self.successes = false,
+            _ => {}
+        }
+        self.successes &= !line.starts_with("test result: ");
+        self.count(line);
+        !self.successes || line.contains(SKIPPED)
+    }
+
+    fn count(&mut self, line: &str) {
+        if let Some((_, skip)) = line.split_once(SKIPPED) {
             let (test, why) = skip.split_once(' ').unwrap_or((skip, "no reason given"));
             let (test, why) = (test.to_owned(), why.to_owned());
             self.skips.push(Skip {
@@ -186,6 +200,7 @@ fn listed(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
+const SKIPPED: &str = "SKIPPED ";
 const SKIPS: &str = "tests/skips.txt";
 
 #[cfg(test)]
@@ -198,7 +213,9 @@ mod tests {
             ..Tally::default()
         };
         let mut stage = Stage::new("unit");
-        lines.iter().for_each(|line| stage.line(line));
+        for line in lines {
+            stage.line(line);
+        }
         tally.add(stage, end);
         tally
     }
@@ -233,6 +250,21 @@ mod tests {
         assert_eq!(tally.failures, ["unit: ended by a signal"]);
         let tally = counted(&["test a ... "], End::TimedOut);
         assert_eq!(tally.failures, ["unit: time limit reached, in a"]);
+    }
+
+    #[test]
+    fn what_passing_tests_print_is_not_shown_but_for_skips() {
+        let mut stage = Stage::new("unit");
+        let lines = [
+            "test a ... ok",
+            "successes:",
+            "noise",
+            "SKIPPED a why",
+            "failures:",
+            "why",
+        ];
+        let shown: Vec<bool> = lines.iter().map(|line| stage.line(line)).collect();
+        assert_eq!(shown, [true, false, false, true, true, true]);
     }
 
     #[test]

@@ -131,8 +131,9 @@ fn libtest(
     test.args(["--", "--show-output", "--test-threads", threads]);
     let mut seen = tally::Stage::new(stage);
     let end = process::lines(test, RUN_LIMIT, |line| {
-        println!("{line}");
-        seen.line(line);
+        if seen.line(line) {
+            println!("{line}");
+        }
     })?;
     tally.add(seen, end);
     Ok(())
