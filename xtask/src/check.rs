@@ -126,10 +126,9 @@ fn licences(house: &House) -> Result<Outcome> {
         "--all-features",
         "--locked",
         "check",
-        "bans",
-        "licenses",
-        "sources",
+        "--hide-inclusion-graph",
     ]);
+    deny.args(["bans", "licenses", "sources"]);
     all(vec![deny], SHORT)
 }
 
@@ -171,9 +170,8 @@ fn lints(house: &House) -> Result<Outcome> {
 
 /// With the compiler that builds the object: no other has a `core` for its target.
 fn lints_ebpf(house: &House) -> Result<Outcome> {
-    let mut clippy = Toolchain::find()?.cargo(house);
+    let mut clippy = Toolchain::find()?.clippy(house);
     clippy
-        .arg("clippy")
         .args(Toolchain::build_args(house))
         .args(["--", "-D", "warnings"]);
     all(vec![clippy], LONG)
@@ -206,12 +204,11 @@ fn all(commands: Vec<std::process::Command>, limit: Duration) -> Result<Outcome>
 
 const SHORT: Duration = Duration::from_secs(5 * 60);
 const LONG: Duration = Duration::from_secs(30 * 60);
-/// In two pieces, so that this file passes.
-const LATER: [&str; 4] = [
+/// In two pieces, so that this file passes. The macro of that name is clippy's to find.
+const LATER: [&str; 3] = [
     concat!("TO", "DO"),
     concat!("FIX", "ME"),
     concat!("XX", "X"),
-    concat!("to", "do"),
 ];
 
 #[cfg(test)]

@@ -271,7 +271,7 @@ const fn at(name: &'static str, floor: u8, up_to: u8, and: &'static [&'static st
 }
 
 /// The house, from the ground. Nobody below floor 7 imports floor 7, because no `up_to` below reaches it.
-const ROOMS: [Room; 20] = [
+const ROOMS: [Room; 21] = [
     at("model", 1, 0, &[]),
     at("wire", 2, 1, &[]),
     at("resolve", 2, 1, &[]),
@@ -291,6 +291,7 @@ const ROOMS: [Room; 20] = [
     at("keeper", 7, 7, &[]),
     at("worker", 7, 7, &[]),
     at("app", 7, 7, &[]),
+    at("logging", 7, 7, &[]),
     at("main", 7, 7, &[]),
 ];
 

@@ -79,6 +79,8 @@ fn build(house: &House) -> Result<()> {
     let mut build = house.cargo();
     // With a target named, cargo keeps the flags away from build scripts and macros.
     build.args(["build", "--locked", "--bins", "--target=host-tuple"]);
+    // Unoptimised, a target sees a tenth of the inputs.
+    build.args(["--config", "profile.dev.opt-level=2"]);
     build
         .args(["--manifest-path", MANIFEST])
         .arg("--target-dir")
@@ -95,31 +97,47 @@ fn fuzz(house: &House, name: &str, seconds: u32) -> Result<End> {
     let findings = work.join("findings").join(name);
     fs::create_dir_all(&corpus)?;
     fs::create_dir_all(&findings)?;
-    let mut target = house.program(binary(&work, name)?);
-    target.arg(&corpus);
-    let seeds = house.root.join("tests/fuzz/seeds").join(name);
+    // libFuzzer speaks on standard error.
+    let mut target = house.program("sh");
+    target
+        .args(["-c", "exec \"$0\" \"$@\" 2>&1"])
+        .arg(binary(&work, name)?)
+        .arg(&corpus);
+    let seeds = house.root.join(SEEDS).join(name);
     if seeds.is_dir() {
         target.arg(seeds);
     }
     target.args([
-        format!("-max_total_time={seconds}"),
-        "-timeout=5".into(),
-        "-rss_limit_mb=2048".into(),
+        &format!("-max_total_time={seconds}"),
+        "-timeout=5",
+        "-rss_limit_mb=2048",
     ]);
     target.arg(format!("-artifact_prefix={}/", findings.display()));
     target.args(["-verbosity=0", "-print_final_stats=1"]);
-    println!("fuzz: {name} for {seconds} s");
-    let end = process::run(
-        target,
-        Duration::from_secs(u64::from(seconds) + GRACE_SECONDS),
-    )?;
-    if !end.is_success() {
-        println!(
-            "fuzz: {name}: {end}; the input is in {}",
-            house.short(&findings).display()
-        );
+    let mut said = String::new();
+    let mut inputs = 0_u64;
+    let limit = Duration::from_secs(u64::from(seconds) + GRACE_SECONDS);
+    let end = process::lines(target, limit, |line| {
+        if let Some(count) = line.strip_prefix("stat::number_of_executed_units:") {
+            inputs = count.trim().parse().unwrap_or(0);
+        }
+        said.push_str(line);
+        said.push('\n');
+    })?;
+    if end.is_success() && inputs > 0 {
+        println!("fuzz: {name} ok, {inputs} inputs in {seconds} s");
+        return Ok(end);
     }
-    Ok(end)
+    print!("{said}");
+    println!(
+        "fuzz: {name} FAILED: {end}; what it found is in {}",
+        house.short(&findings).display()
+    );
+    Ok(if end.is_success() {
+        End::Failure(None)
+    } else {
+        end
+    })
 }
 
 /// Cargo names the directory after the host, which we need not know.
@@ -134,6 +152,7 @@ fn binary(work: &Path, name: &str) -> Result<std::path::PathBuf> {
 }
 
 const TARGETS: &str = "tests/fuzz/fuzz_targets";
+const SEEDS: &str = "tests/fuzz/seeds";
 const MANIFEST: &str = "tests/fuzz/Cargo.toml";
 const SMOKE_SECONDS: u32 = 4;
 /// For reading the corpus and writing a finding.

@@ -29,9 +29,7 @@ mod source;
 mod tally;
 mod test;
 
-use std::path::PathBuf;
-
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::house::House;
@@ -75,25 +73,11 @@ fn main() {
 /// `Ok(false)` is a verb that ran and found something wrong, and has said so.
 fn run(house: &House, verb: Verb) -> Result<bool> {
     match verb {
-        Verb::Demo(args) => demo::run(&args, || build(house)),
+        Verb::Demo(args) => demo::run(&args, || setup::node(house)),
         Verb::Setup => setup::run(house),
         Verb::Check => check::run(house),
         Verb::Floors => floors::run(house),
         Verb::Test(args) => test::run(house, &args),
         Verb::Fuzz(args) => fuzz::run(house, &args),
     }
-}
-
-/// Builds the node process and gives its path.
-fn build(house: &House) -> Result<PathBuf> {
-    if let Some(binary) = std::env::var_os("ZTUNNEL_BIN") {
-        return Ok(binary.into());
-    }
-    ensure!(setup::run(house)?, "setup failed");
-    let built = house
-        .cargo()
-        .args(["build", "--release", "--package", "ztunnel"])
-        .status()?;
-    ensure!(built.success(), "cargo build: {built}");
-    Ok(house.target.join("release/ztunnel"))
 }

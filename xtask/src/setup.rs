@@ -76,6 +76,19 @@ pub(crate) fn ensure(house: &House, purposes: &[Purpose]) -> Result<()> {
     Ok(())
 }
 
+/// The node process as it is shipped, with what a demonstration of it needs; `ZTUNNEL_BIN` names another one.
+pub(crate) fn node(house: &House) -> Result<PathBuf> {
+    ensure(house, &[Purpose::Build, Purpose::Pods])?;
+    if let Some(binary) = std::env::var_os("ZTUNNEL_BIN") {
+        return Ok(binary.into());
+    }
+    println!("setup: building the node process");
+    let mut build = house.cargo();
+    build.args(["build", "--locked", "--release", "--package=ztunnel"]);
+    process::must(build, Duration::from_secs(40 * 60))?;
+    Ok(house.target.join("release/ztunnel"))
+}
+
 /// True for root, by the owner of our own process.
 pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
@@ -116,19 +129,32 @@ impl Toolchain {
 
     /// Its cargo, in the checkout, with flags for the eBPF target and free of the cargo that runs us.
     pub(crate) fn cargo(self, house: &House) -> Command {
+        self.tool(house, "cargo", DEBIAN_CARGO)
+    }
+
+    /// The same with `clippy` as the verb. Debian's cargo would take rustup's clippy from `PATH`.
+    pub(crate) fn clippy(self, house: &House) -> Command {
+        let mut clippy = self.tool(house, "cargo-clippy", DEBIAN_CLIPPY);
+        clippy.arg("clippy");
+        clippy
+    }
+
+    fn tool(self, house: &House, of_nightly: &str, of_debian: &str) -> Command {
         let mut command = match self {
-            Self::Nightly => {
-                let mut command = house.program("rustup");
-                command.args(["run", "nightly", "cargo"]);
-                command
-            }
-            Self::Debian => house.program(DEBIAN_CARGO),
+            Self::Nightly => house.program("rustup"),
+            Self::Debian => house.program(of_debian),
         };
         without_cargo(&mut command);
-        if self == Self::Debian {
-            command
-                .env("RUSTC", DEBIAN_RUSTC)
-                .env("RUSTC_BOOTSTRAP", "1");
+        match self {
+            Self::Nightly => {
+                command.args(["run", "nightly", of_nightly]);
+            }
+            Self::Debian => {
+                command
+                    .env("CARGO", DEBIAN_CARGO)
+                    .env("RUSTC", DEBIAN_RUSTC);
+                command.env("RUSTC_BOOTSTRAP", "1");
+            }
         }
         // BTF-defined maps are made from full debug information.
         command.env("RUSTFLAGS", "-Cdebuginfo=2 -Clink-arg=--btf");
@@ -374,6 +400,7 @@ const DENY: &str = "0.20.2";
 /// What Debian calls 1.96 and our aya still accepts.
 const DEBIAN_RUST: (u32, u32) = (1, 96);
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+const DEBIAN_CLIPPY: &str = "/usr/bin/cargo-clippy";
 const DEBIAN_CARGO: &str = "/usr/bin/cargo";
 const CORE_SOURCE: &str = "lib/rustlib/src/rust/library/core/Cargo.toml";
 const EBPF_TARGET: &str = "--target=bpfel-unknown-none";
@@ -419,7 +446,7 @@ const TOOLS: &[Tool] = {
         ),
         tool(
             "rust-web-clippy",
-            Rust("/usr/bin/cargo-clippy"),
+            Rust(DEBIAN_CLIPPY),
             DebianLints,
             "lints the eBPF crate",
         ),
