@@ -1,1 +1,17 @@
-//! Certificates and TLS.
+//! Certificates and TLS: takes an identity and a certificate source, gives credentials that TLS
+//! can use; never opens a connection and never judges policy.
+
+mod ca;
+mod directory;
+mod error;
+mod store;
+#[cfg(test)]
+pub(crate) mod testing;
+mod tls;
+mod verify;
+
+pub use ca::{Issued, Issuer, LocalCa};
+pub use error::Error;
+pub use store::{Clock, Params, Store};
+pub use tls::Credentials;
+pub use verify::{peer_identities, peer_identity};

@@ -1,0 +1,198 @@
+//! TLS for one certificate. Takes what an issuer gave, gives configurations that are built once
+//! per certificate; never opens a connection.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use rustls::client::Resumption;
+use rustls::crypto::CryptoProvider;
+use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider, kx_group};
+use rustls::server::NoServerSessionStorage;
+use rustls::{ClientConfig, ServerConfig};
+use rustls_pki_types::CertificateDer;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer as _;
+
+use super::ca::Issued;
+use super::error::Error;
+use super::verify::{ClientVerifier, Roots, ServerVerifier};
+use crate::model::SpiffeId;
+
+/// A certificate ready for both ends of TLS.
+pub struct Credentials {
+    id: SpiffeId,
+    chain: Vec<CertificateDer<'static>>,
+    roots: Roots,
+    not_before: SystemTime,
+    not_after: SystemTime,
+    server: Arc<ServerConfig>,
+    /// Complete but for the identities that it expects.
+    client: ClientConfig,
+}
+
+impl Credentials {
+    /// Builds both configurations; the key is parsed here and never again.
+    ///
+    /// # Errors
+    /// When the chain is malformed, or does not fit the key.
+    pub fn new(id: SpiffeId, issued: Issued) -> Result<Self, Error> {
+        let tls = |source| Error::Credentials {
+            id: id.clone(),
+            source,
+        };
+        let (not_before, not_after) = validity(&id, &issued.chain)?;
+        let roots = Roots::new(&issued.roots).map_err(tls)?;
+        let provider = Arc::new(provider());
+        let server = server_config(&id, &issued, &roots, &provider)?;
+        let client = client_config(&issued, &roots, &provider).map_err(tls)?;
+        Ok(Self {
+            id,
+            chain: issued.chain,
+            roots,
+            not_before,
+            not_after,
+            server: Arc::new(server),
+            client,
+        })
+    }
+
+    /// Whose they are.
+    #[must_use]
+    pub const fn id(&self) -> &SpiffeId {
+        &self.id
+    }
+
+    /// The leaf, then intermediates.
+    #[must_use]
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.chain
+    }
+
+    /// When validity begins.
+    #[must_use]
+    pub const fn not_before(&self) -> SystemTime {
+        self.not_before
+    }
+
+    /// When validity ends.
+    #[must_use]
+    pub const fn not_after(&self) -> SystemTime {
+        self.not_after
+    }
+
+    /// For accepting tunnels: the peer must prove an identity in our trust domain.
+    #[must_use]
+    pub fn server_config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.server)
+    }
+
+    /// For opening a tunnel to a peer that must prove one of `expected`; none matches nobody.
+    /// Copies pointers: neither key nor chain is parsed.
+    #[must_use]
+    pub fn client_config(&self, expected: &[SpiffeId]) -> Arc<ClientConfig> {
+        let mut config = self.client.clone();
+        config
+            .dangerous()
+            .set_certificate_verifier(Arc::new(ServerVerifier {
+                roots: self.roots.clone(),
+                expected: expected.to_vec(),
+            }));
+        Arc::new(config)
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials")
+            .field("id", &self.id)
+            .field("not_before", &self.not_before)
+            .field("not_after", &self.not_after)
+            .finish_non_exhaustive()
+    }
+}
+
+fn validity(
+    id: &SpiffeId,
+    chain: &[CertificateDer<'_>],
+) -> Result<(SystemTime, SystemTime), Error> {
+    let Some(Ok((_, leaf))) = chain.first().map(|der| X509Certificate::from_der(der)) else {
+        return Err(Error::Malformed { id: id.clone() });
+    };
+    let validity = leaf.validity();
+    Ok((
+        SystemTime::from(validity.not_before.to_datetime()),
+        SystemTime::from(validity.not_after.to_datetime()),
+    ))
+}
+
+fn server_config(
+    id: &SpiffeId,
+    issued: &Issued,
+    roots: &Roots,
+    provider: &Arc<CryptoProvider>,
+) -> Result<ServerConfig, Error> {
+    let tls = |source| Error::Credentials {
+        id: id.clone(),
+        source,
+    };
+    let Ok(verifier) = ClientVerifier::new(roots, id.trust_domain(), provider) else {
+        return Err(Error::Malformed { id: id.clone() }); // without any root
+    };
+    let mut config = ServerConfig::builder_with_provider(Arc::clone(provider))
+        .with_protocol_versions(VERSIONS)
+        .map_err(tls)?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_single_cert(issued.chain.clone(), issued.key.clone_key())
+        .map_err(tls)?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    // No client of ours resumes, so tickets would be work for nothing.
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    Ok(config)
+}
+
+fn client_config(
+    issued: &Issued,
+    roots: &Roots,
+    provider: &Arc<CryptoProvider>,
+) -> Result<ClientConfig, rustls::Error> {
+    let mut config = ClientConfig::builder_with_provider(Arc::clone(provider))
+        .with_protocol_versions(VERSIONS)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(ServerVerifier {
+            roots: roots.clone(),
+            expected: Vec::new(),
+        }))
+        .with_client_auth_cert(issued.chain.clone(), issued.key.clone_key())?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.resumption = Resumption::disabled();
+    config.enable_sni = false;
+    Ok(config)
+}
+
+/// Suites as the established proxy has them; the hybrid group stands first, so that recorded
+/// traffic stays closed to a later quantum computer.
+// PROTOCOL.md#tls
+fn provider() -> CryptoProvider {
+    CryptoProvider {
+        cipher_suites: vec![
+            cipher_suite::TLS13_AES_256_GCM_SHA384,
+            cipher_suite::TLS13_AES_128_GCM_SHA256,
+        ],
+        kx_groups: vec![
+            kx_group::X25519MLKEM768,
+            kx_group::X25519,
+            kx_group::SECP256R1,
+            kx_group::SECP384R1,
+        ],
+        ..default_provider()
+    }
+}
+
+static VERSIONS: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13];
+// PROTOCOL.md#alpn
+const ALPN: &[u8] = b"h2";
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,214 @@
+//! Who a peer is. Takes certificate chains, gives SPIFFE identities or a refused handshake; never
+//! looks at DNS names and never decides what an identity may do.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme,
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer as _;
+
+use crate::model::{SpiffeId, TrustDomain};
+
+/// The identity of a verified peer: the first SPIFFE URI among its leaf's names.
+// PROTOCOL.md#peer-identity
+#[must_use]
+pub fn peer_identity(chain: &[CertificateDer<'_>]) -> Option<SpiffeId> {
+    peer_identities(chain).into_iter().next()
+}
+
+/// Every SPIFFE URI among the names of the leaf, in its order.
+#[must_use]
+pub fn peer_identities(chain: &[CertificateDer<'_>]) -> Vec<SpiffeId> {
+    let Some(Ok((_, leaf))) = chain.first().map(|der| X509Certificate::from_der(der)) else {
+        return Vec::new();
+    };
+    let Ok(Some(names)) = leaf.subject_alternative_name() else {
+        return Vec::new();
+    };
+    let uris = names.value.general_names.iter().filter_map(|name| {
+        if let GeneralName::URI(uri) = name {
+            uri.parse().ok()
+        } else {
+            None
+        }
+    });
+    uris.collect()
+}
+
+/// Trust anchors and what is needed to follow a chain to one of them.
+#[derive(Clone)]
+pub(super) struct Roots {
+    store: Arc<RootCertStore>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl Roots {
+    /// # Errors
+    /// When one of them is not a certificate.
+    pub(super) fn new(roots: &[CertificateDer<'_>]) -> Result<Self, rustls::Error> {
+        let mut store = RootCertStore::empty();
+        for root in roots {
+            store.add(root.clone().into_owned())?;
+        }
+        Ok(Self {
+            store: Arc::new(store),
+            algorithms: rustls::crypto::aws_lc_rs::default_provider()
+                .signature_verification_algorithms,
+        })
+    }
+
+    /// Follows a server's chain: anchor, validity, server-auth usage.
+    pub(super) fn verify_server(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        verify_server_cert_signed_by_trust_anchor(
+            &ParsedCertificate::try_from(leaf)?,
+            &self.store,
+            intermediates,
+            now,
+            self.algorithms.all,
+        )
+    }
+}
+
+impl fmt::Debug for Roots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Roots({})", self.store.len())
+    }
+}
+
+/// A client's view: the server chains to a root and proves one of the expected identities.
+// PROTOCOL.md#server-verification
+#[derive(Debug)]
+pub(super) struct ServerVerifier {
+    pub(super) roots: Roots,
+    pub(super) expected: Vec<SpiffeId>,
+}
+
+impl ServerCertVerifier for ServerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.roots.verify_server(end_entity, intermediates, now)?;
+        let proven = peer_identities(std::slice::from_ref(end_entity));
+        if proven.iter().any(|id| self.expected.contains(id)) {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(CertificateError::NotValidForName.into())
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.roots.algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.roots.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.roots.algorithms.supported_schemes()
+    }
+}
+
+/// A server's view: the client chains to a root and has an identity in our trust domain.
+// PROTOCOL.md#client-verification
+#[derive(Debug)]
+pub(super) struct ClientVerifier {
+    chain: Arc<dyn ClientCertVerifier>,
+    trust_domain: TrustDomain,
+}
+
+impl ClientVerifier {
+    pub(super) fn new(
+        roots: &Roots,
+        trust_domain: &TrustDomain,
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Self, rustls::server::VerifierBuilderError> {
+        let chain = WebPkiClientVerifier::builder_with_provider(
+            Arc::clone(&roots.store),
+            Arc::clone(provider),
+        )
+        .build()?;
+        Ok(Self {
+            chain,
+            trust_domain: trust_domain.clone(),
+        })
+    }
+}
+
+impl ClientCertVerifier for ClientVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.chain.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self
+            .chain
+            .verify_client_cert(end_entity, intermediates, now)?;
+        let proven = peer_identities(std::slice::from_ref(end_entity));
+        if proven
+            .iter()
+            .any(|id| id.trust_domain() == &self.trust_domain)
+        {
+            Ok(verified)
+        } else {
+            Err(CertificateError::NotValidForName.into())
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}
