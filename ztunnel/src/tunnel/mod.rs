@@ -1,1 +1,24 @@
-//! HBONE: pool, client, server, stream, relay.
+//! HBONE: takes a permit and a place to go, gives streams of bytes inside mutual TLS and copies
+//! them; never decides who may go where and never makes a socket.
+
+mod buffer;
+mod client;
+mod error;
+mod keepalive;
+mod params;
+mod pool;
+mod relay;
+mod server;
+mod stream;
+mod tcp;
+#[cfg(test)]
+mod testing;
+
+pub use buffer::Queue;
+pub use error::Error;
+pub use params::Params;
+pub use pool::{Dial, Opened, Pool, Target};
+pub use relay::{Side, Written, relay};
+pub use server::{Accepted, Request, handshake, serve};
+pub use stream::H2Stream;
+pub use tcp::{TcpKeepalive, tune};

@@ -1,0 +1,208 @@
+//! One tunnel from this side. Takes a place to go, gives a connected, verified HTTP/2 connection
+//! and keeps it running; never chooses what goes over it.
+
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::{io, net::Ipv4Addr};
+
+use bytes::Bytes;
+use h2::client::Connection;
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::error::Error;
+use super::keepalive::{Keepalive, Life, Watched};
+use super::params::Params;
+use super::pool::{Dial, Open, Registered, Target, Tunnel};
+use crate::drain;
+use crate::identity::{self, peer_identities};
+
+type Http2<T> = Connection<Watched<TlsStream<T>>, Bytes>;
+
+/// A tunnel whose handshakes are done on our side.
+pub(super) struct Connected<T> {
+    open: Open,
+    connection: Http2<T>,
+    keepalive: Keepalive,
+}
+
+/// Connects, verifies and greets the peer; each step has a deadline.
+pub(super) async fn connect<D: Dial>(
+    dial: &D,
+    store: &identity::Store,
+    target: &Target,
+    params: &Params,
+) -> Result<Connected<D::Io>, Error> {
+    let to = target.upstream;
+    let credentials = store
+        .get(&target.source)
+        .await
+        .map_err(|e| Error::Identity(Arc::new(e)))?;
+    let config = credentials.client_config(&target.expected);
+    let timed_out = Error::ConnectTimedOut {
+        to,
+        within: params.connect_timeout,
+    };
+    let io = match timeout(params.connect_timeout, dial.dial(to)).await {
+        Ok(Ok(io)) => io,
+        Ok(Err(e)) if e.kind() == io::ErrorKind::TimedOut => return Err(timed_out),
+        Ok(Err(e)) => {
+            return Err(Error::Connect {
+                to,
+                source: Arc::new(e),
+            });
+        }
+        Err(_) => return Err(timed_out),
+    };
+    // A name is needed to start; it is neither sent nor checked.
+    // PROTOCOL.md#tls
+    let name = ServerName::from(std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    let tls = TlsConnector::from(config).connect(name, io);
+    let Ok(tls) = timeout(params.tls_timeout, tls).await else {
+        return Err(Error::TlsTimedOut(params.tls_timeout));
+    };
+    let tls = tls.map_err(|e| Error::Tls(Arc::new(e)))?;
+    let proven = peer_identities(tls.get_ref().1.peer_certificates().unwrap_or_default());
+    let peer = proven.into_iter().find(|id| target.expected.contains(id));
+    let Some(peer) = peer else {
+        // Verification has seen it; whoever changes that finds the door closed.
+        return Err(Error::Tls(Arc::new(io::ErrorKind::PermissionDenied.into())));
+    };
+    let life = Life::default();
+    let io = Watched::new(tls, life.clone());
+    let Ok(greeted) = timeout(params.h2_timeout, builder(params).handshake(io)).await else {
+        return Err(Error::H2TimedOut(params.h2_timeout));
+    };
+    let (sender, mut connection) = greeted.map_err(ended)?;
+    let keepalive = Keepalive::new(connection.ping_pong(), life, params);
+    Ok(Connected {
+        open: Open { sender, peer },
+        connection,
+        keepalive,
+    })
+}
+
+/// Brings one tunnel from `connect` to its end.
+pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
+    connect: impl Future<Output = Result<Connected<T>, Error>>,
+    registered: &Registered,
+    params: &Params,
+    mut drain: drain::Signal,
+    mut alive: watch::Receiver<()>,
+) {
+    let tunnel = &registered.tunnel;
+    let connected = tokio::select! {
+        connected = connect => connected,
+        reason = drain.forced() => Err(Error::Drained(reason)),
+        // The pool is gone, and with it everybody who could wait.
+        _ = alive.changed() => return,
+    };
+    drop(alive);
+    let Connected {
+        open,
+        mut connection,
+        mut keepalive,
+    } = match connected {
+        Ok(connected) => connected,
+        Err(error) => return tunnel.fail(error),
+    };
+    tunnel.opened(open);
+    let mut orders = drain.clone();
+    let end = tokio::select! {
+        biased;
+        reason = drain.forced() => Err(Error::Drained(reason)),
+        end = exchange(&mut connection, registered, params) => end,
+        () = poll_fn(|cx| keepalive.poll(cx)) => Err(Error::Unanswered(params.ping_timeout)),
+        () = release(tunnel, params, &mut orders) => Ok(()),
+    };
+    match end {
+        // Released, or closed by the peer: what it still carries may finish.
+        Ok(()) => tunnel.retire(),
+        Err(error) => {
+            tunnel.retire();
+            return tunnel.fail(error);
+        }
+    }
+    tokio::select! {
+        biased;
+        _ = drain.forced() => {}
+        end = &mut connection => tracing::trace!(?end, "tunnel closed"),
+        () = poll_fn(|cx| keepalive.poll(cx)) => {}
+    }
+}
+
+/// Moves frames until the connection ends, and notices what the peer tells about itself.
+async fn exchange<T: AsyncRead + AsyncWrite + Unpin>(
+    connection: &mut Http2<T>,
+    registered: &Registered,
+    params: &Params,
+) -> Result<(), Error> {
+    let settled = poll_fn(|cx| {
+        let end = std::pin::Pin::new(&mut *connection).poll(cx);
+        match (connection.max_concurrent_send_streams(), end) {
+            (_, Poll::Ready(Ok(()))) => Poll::Ready(Err(Error::TunnelLost(None))),
+            (_, Poll::Ready(Err(e))) => Poll::Ready(Err(ended(e))),
+            (UNTOLD, Poll::Pending) => Poll::Pending,
+            (told, Poll::Pending) => Poll::Ready(Ok(told)),
+        }
+    });
+    let Ok(told) = timeout(params.h2_timeout, settled).await else {
+        return Err(Error::H2TimedOut(params.h2_timeout));
+    };
+    match told? {
+        0 => return Err(Error::NoStreams(registered.target.upstream)),
+        told => registered.settle(told),
+    }
+    connection.await.map_err(ended)
+}
+
+/// Waits until the tunnel has carried nothing for long enough.
+async fn release(tunnel: &Rc<Tunnel>, params: &Params, drain: &mut drain::Signal) {
+    let idle = async {
+        loop {
+            match tunnel.idle_since() {
+                Some(since) if since + params.idle_timeout <= Instant::now() => return,
+                Some(since) => sleep_until(since + params.idle_timeout).await,
+                // Whoever gives back the last place starts the time anew.
+                None => sleep(params.idle_timeout).await,
+            }
+        }
+    };
+    tokio::select! {
+        () = idle => {}
+        () = drain.graceful() => {}
+    }
+}
+
+fn builder(params: &Params) -> h2::client::Builder {
+    let mut builder = h2::client::Builder::new();
+    builder
+        .initial_window_size(params.stream_window_bytes)
+        .initial_connection_window_size(params.connection_window_bytes)
+        .max_frame_size(params.frame_bytes)
+        .max_header_list_size(params.client_header_bytes)
+        .max_send_buffer_size(params.send_buffer_bytes)
+        .initial_max_send_streams(UNTOLD)
+        .enable_push(false);
+    builder
+}
+
+/// Why a connection ended. In TLS 1.3 a server judges our certificate after our handshake is done:
+/// its refusal is the first thing that we read.
+fn ended(error: h2::Error) -> Error {
+    match error.get_io() {
+        Some(e) if e.kind() == io::ErrorKind::InvalidData => {
+            Error::Tls(Arc::new(io::Error::new(e.kind(), e.to_string())))
+        }
+        _ => Error::H2(Arc::new(error)),
+    }
+}
+
+/// Stands for the peer's limit until its SETTINGS come; no SETTINGS can carry it.
+const UNTOLD: usize = usize::MAX - 1;

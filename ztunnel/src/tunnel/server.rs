@@ -1,0 +1,207 @@
+//! The accepting end of a tunnel. Takes a TCP connection and credentials, gives the peer's proven
+//! identity and then its CONNECTs; never looks into them and never answers on its own.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::{fmt, io};
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::{Connection, SendResponse};
+use http::{Response, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::error::Error;
+use super::keepalive::{Keepalive, Life, Watched};
+use super::params::Params;
+use super::stream::H2Stream;
+use crate::drain;
+use crate::identity::{Credentials, peer_identity};
+use crate::model::SpiffeId;
+
+/// A tunnel whose TLS handshake is done.
+pub struct Accepted<T> {
+    /// Who is at the other end; mutual TLS proved it.
+    pub peer: SpiffeId,
+    io: TlsStream<T>,
+}
+
+impl<T> fmt::Debug for Accepted<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Accepted")
+            .field("peer", &self.peer)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Does the TLS handshake as the server; the client must prove an identity of our trust domain.
+///
+/// # Errors
+/// When the handshake fails or takes too long.
+pub async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
+    io: T,
+    credentials: &Credentials,
+    params: &Params,
+) -> Result<Accepted<T>, Error> {
+    let accept = TlsAcceptor::from(credentials.server_config()).accept(io);
+    let Ok(io) = timeout(params.tls_timeout, accept).await else {
+        return Err(Error::TlsTimedOut(params.tls_timeout));
+    };
+    let io = io.map_err(|e| Error::Tls(Arc::new(e)))?;
+    let chain = io.get_ref().1.peer_certificates().unwrap_or_default();
+    let Some(peer) = peer_identity(chain) else {
+        // Verification has seen one; whoever changes that finds the door closed.
+        return Err(Error::Tls(Arc::new(io::ErrorKind::PermissionDenied.into())));
+    };
+    Ok(Accepted { peer, io })
+}
+
+/// Serves one tunnel until the peer closes it or the drain ends it: calls `on_request`, which must
+/// not block, for each CONNECT (or whatever else the peer asks). A graceful drain tells the peer
+/// to open no more streams and serves those that are open or were on their way.
+///
+/// # Errors
+/// When the peer breaks the protocol, dies, or stays silent.
+pub async fn serve<T, F>(
+    accepted: Accepted<T>,
+    params: &Params,
+    mut drain: drain::Signal,
+    mut on_request: F,
+) -> Result<(), Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+    F: FnMut(Request),
+{
+    let life = Life::default();
+    let mut connection = preface(Watched::new(accepted.io, life.clone()), params).await?;
+    let mut keepalive = Keepalive::new(connection.ping_pong(), life, params);
+    let mut orders = drain.clone();
+    let mut graceful = std::pin::pin!(async { orders.graceful().await });
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            biased;
+            reason = drain.forced() => {
+                // Those who carry the streams have the same order and reset them now.
+                end(&mut connection).await;
+                return Err(Error::Drained(reason));
+            }
+            () = &mut graceful, if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            request = connection.accept() => match request {
+                Some(Ok((request, respond))) => on_request(Request::new(request, respond)),
+                // The transport ended without a farewell: its streams say what that meant.
+                Some(Err(e)) if e.is_io() => return Err(Error::TunnelLost(Some(Arc::new(e)))),
+                Some(Err(e)) => return Err(Error::H2(Arc::new(e))),
+                None => return Ok(()),
+            },
+            () = poll_fn(|cx| keepalive.poll(cx)) => {
+                return Err(Error::Unanswered(params.ping_timeout));
+            }
+        }
+    }
+}
+
+/// A request of the peer. Dropping it resets its stream.
+pub struct Request {
+    /// Method, target and headers.
+    pub parts: http::request::Parts,
+    recv: RecvStream,
+    respond: SendResponse<Bytes>,
+}
+
+impl Request {
+    fn new(request: http::Request<RecvStream>, respond: SendResponse<Bytes>) -> Self {
+        let (parts, recv) = request.into_parts();
+        Self {
+            parts,
+            recv,
+            respond,
+        }
+    }
+
+    /// Answers with a stream that stays open both ways.
+    ///
+    /// # Errors
+    /// When the peer has given up meanwhile.
+    pub fn accept(mut self, response: Response<()>) -> Result<H2Stream, Error> {
+        match self.respond.send_response(response, false) {
+            Ok(send) => Ok(H2Stream::new(send, self.recv, None)),
+            Err(e) => {
+                tracing::debug!(error = %e, "the peer has given up before it was accepted");
+                Err(Error::PeerWithdrew)
+            }
+        }
+    }
+
+    /// Answers with a status and nothing else.
+    // PROTOCOL.md#connect-status
+    pub fn refuse(mut self, status: StatusCode) {
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        if let Err(e) = self.respond.send_response(response, true) {
+            tracing::debug!(error = %e, "the peer has given up before it was refused");
+        }
+    }
+
+    /// Waits until the peer gives the request up; then nobody needs an answer. Cancel safe.
+    pub async fn withdrawn(&mut self) -> Error {
+        match poll_fn(|cx| self.respond.poll_reset(cx)).await {
+            Ok(_) => Error::PeerWithdrew,
+            Err(e) => Error::stream(e),
+        }
+    }
+}
+
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request")
+            .field("parts", &self.parts)
+            .finish_non_exhaustive()
+    }
+}
+
+type Http2<T> = Connection<Watched<TlsStream<T>>, Bytes>;
+
+async fn preface<T: AsyncRead + AsyncWrite + Unpin>(
+    io: Watched<TlsStream<T>>,
+    params: &Params,
+) -> Result<Http2<T>, Error> {
+    let mut builder = h2::server::Builder::new();
+    builder
+        .initial_window_size(params.stream_window_bytes)
+        .initial_connection_window_size(params.connection_window_bytes)
+        .max_frame_size(params.frame_bytes)
+        .max_header_list_size(params.server_header_bytes)
+        .max_concurrent_streams(params.server_streams)
+        .max_send_buffer_size(params.send_buffer_bytes);
+    match timeout(params.h2_timeout, builder.handshake(io)).await {
+        Ok(connection) => connection.map_err(|e| Error::H2(Arc::new(e))),
+        Err(_) => Err(Error::H2TimedOut(params.h2_timeout)),
+    }
+}
+
+/// Lets the last frames of the streams out, then says goodbye.
+async fn end<T: AsyncRead + AsyncWrite + Unpin>(connection: &mut Http2<T>) {
+    let flush = poll_fn(|cx: &mut Context<'_>| match connection.poll_closed(cx) {
+        Poll::Pending if connection.has_streams() => Poll::Pending,
+        _ => Poll::Ready(()),
+    });
+    if timeout(LAST_FRAMES, flush).await.is_ok() {
+        connection.abrupt_shutdown(h2::Reason::NO_ERROR);
+        let closed = timeout(LAST_FRAMES, poll_fn(|cx| connection.poll_closed(cx))).await;
+        tracing::trace!(?closed, "tunnel ended");
+    }
+}
+
+/// For the last frames of a tunnel that is ended by force.
+const LAST_FRAMES: std::time::Duration = std::time::Duration::from_millis(250);
+
+#[cfg(test)]
+mod tests;
