@@ -161,6 +161,7 @@ pub(super) struct FilePolicy {
     scope: Leaf<Scope>,
     action: Leaf<Action>,
     rules: Vec<Vec<Vec<FileMatch>>>,
+    #[serde(default)]
     dry_run: bool,
 }
 

@@ -566,8 +566,8 @@ fn missing_keys_are_named() {
         ("services: [{}]", "missing field `name`"),
         ("policies: [{name: a}]", "missing field `namespace`"),
         (
-            "policies: [{name: a, namespace: b, scope: Global, action: Allow, rules: []}]",
-            "missing field `dryRun`",
+            "policies: [{name: a, namespace: b, scope: Global, action: Allow}]",
+            "missing field `rules`",
         ),
         ("pods: [{name: a, namespace: b}]", "missing field `netns`"),
         (
