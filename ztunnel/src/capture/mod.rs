@@ -1,9 +1,11 @@
 //! The kernel: takes pods (network namespaces) and settings, gives listeners, sockets and counters.
 //! Sole importer of aya, nix, socket2 and rtnetlink; it never judges a policy or reads a byte.
 
+mod accept;
 mod bpf;
 mod dial;
 mod error;
+mod limits;
 mod listen;
 mod maps;
 mod netns;
@@ -15,9 +17,11 @@ mod route;
 mod settings;
 mod sys;
 
+pub use accept::{Captured, accept};
 pub use bpf::{Capture, Params};
 pub use dial::Dialer;
 pub use error::Error;
+pub use limits::raise_descriptor_limit;
 pub use listen::WorkerListeners;
 pub use maps::{Count, CountSource};
 pub use netns::{Netns, NetnsCookie};
