@@ -1,1 +1,429 @@
-//! Wiring.
+//! The wiring: what is started in which order, what the control thread does, and the end. Takes a
+//! checked `Config`, gives the process's result; never touches a connection.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use thiserror::Error;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tracing::{error, info, warn};
+
+use crate::account::{self, Accounts};
+use crate::admin::{self, Readiness, Stats};
+use crate::authz::{self, plaintext_verdict};
+use crate::capture::{self, Capture, PlaintextVerdict, PodSettings};
+use crate::config::{Config, Source};
+use crate::context;
+use crate::control::{self, FileSource, PodEntry, State, World};
+use crate::drain;
+use crate::enrol::{Change, Enrolment, Wanted};
+use crate::identity::{self, LocalCa, Store};
+use crate::model::PodRef;
+use crate::worker::{self, Order, Worker};
+use crate::{stats, tunnel};
+
+/// Why the process cannot start.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A listener for operators.
+    #[error(transparent)]
+    Admin(#[from] admin::Error),
+    /// The kernel.
+    #[error(transparent)]
+    Capture(#[from] capture::Error),
+    /// Things that capture needs and this machine does not have; nothing was changed.
+    #[error("this machine cannot capture pods:{}", lines(.0))]
+    Preflight(Vec<capture::Error>),
+    /// The state's source.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// The CA.
+    #[error(transparent)]
+    Identity(#[from] identity::Error),
+    /// The control thread's own runtime or signals.
+    #[error("start the control thread")]
+    Runtime(#[from] std::io::Error),
+    /// A worker.
+    #[error(transparent)]
+    Worker(#[from] worker::Error),
+}
+
+/// Runs until a signal ends it. `log_rows` is what logging counts of itself.
+///
+/// # Errors
+/// When something that it needs is missing; then nothing was changed, or what was is closed.
+pub fn run(config: &Config, log_rows: Box<dyn account::Source>) -> Result<(), Error> {
+    capture::raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(Box::pin(serve(config, log_rows)))
+}
+
+async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<(), Error> {
+    let mut signals = Signals::listen()?;
+    let (state, mut updates) = Updates::open(&config.source)?;
+    let ca = LocalCa::open(&config.ca_dir, wall_clock())?;
+    let lifetime = identity::Params {
+        ttl: config.secret_ttl,
+        ..identity::Params::default()
+    };
+    let store = Arc::new(Store::new(lifetime, Arc::new(wall_clock)));
+    let accounts = Accounts::new(config.workers);
+    accounts.register(log_rows);
+    let readiness = Readiness::default();
+    let state_ready = readiness.task("state manager");
+    let pods_ready = readiness.task("workload proxy manager");
+    let stats_server = admin::Server::bind(any(STATS_PORT))?;
+    let readiness_server = admin::Server::bind(any(READINESS_PORT))?;
+
+    let params = capture::Params {
+        pin_dir: config.bpf_pin_dir.clone(),
+        workers: config.workers,
+    };
+    capture::preflight(&params).map_err(Error::Preflight)?;
+    let capture = Capture::start(&params)?;
+    accounts.register(stats::kernel(capture.clone()));
+
+    let world = next_world(&World::default(), config, &state);
+    let (publish, subscribe) = watch::channel(world);
+    let workers = start_workers(config, &accounts, &store, &subscribe)?;
+    let (end, drain) = drain::channel();
+    let servers = async {
+        tokio::join!(
+            stats_server.serve(Stats::new(accounts.clone()), drain.clone()),
+            readiness_server.serve(readiness.clone(), drain.clone()),
+            store.run(&ca),
+        )
+    };
+    let mut node = Node {
+        enrolment: Enrolment::new(capture),
+        store: Arc::clone(&store),
+        workers,
+        publish,
+        pods: state.pods,
+    };
+    let control = async {
+        drop(state_ready);
+        node.reconcile().await;
+        drop(pods_ready);
+        info!(
+            workloads = node.publish.borrow().snapshot.workload_count(),
+            services = node.publish.borrow().snapshot.service_count(),
+            policies = node.publish.borrow().policies.iter().count(),
+            pods = node.enrolment.enrolled(),
+            workers = config.workers,
+            "ready"
+        );
+        node.control(config, &mut updates, &mut signals).await;
+        end.graceful();
+        node.end(config.termination_deadline, &mut signals).await;
+    };
+    tokio::select! {
+        _ = servers => error!("the servers for operators ended before the process"),
+        () = control => {}
+    }
+    Ok(())
+}
+
+/// What the control thread works on.
+struct Node {
+    enrolment: Enrolment,
+    store: Arc<Store>,
+    workers: Vec<Worker>,
+    publish: watch::Sender<World>,
+    pods: Vec<PodEntry>,
+}
+
+impl Node {
+    /// Follows updates until a signal asks for the end.
+    async fn control(&mut self, config: &Config, updates: &mut Updates, signals: &mut Signals) {
+        let mut tick = interval(RECONCILE_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = signals.stop() => return,
+                update = updates.next() => match update {
+                    Ok(state) => self.apply(config, state).await,
+                    Err(error) => {
+                        warn!(error = %Chain(&error), "update refused; the running state stays");
+                    }
+                },
+                _ = tick.tick() => self.reconcile().await,
+            }
+        }
+    }
+
+    async fn apply(&mut self, config: &Config, state: State) {
+        let started = Instant::now();
+        let world = next_world(&self.publish.borrow(), config, &state);
+        info!(
+            generation = world.generation,
+            workloads = world.snapshot.workload_count(),
+            services = world.snapshot.service_count(),
+            policies = world.policies.iter().count(),
+            pods = state.pods.len(),
+            "state replaced"
+        );
+        // Workers first: no pod is captured before its world is there, and open connections are
+        // judged again before the kernel refuses new ones.
+        self.publish.send_replace(world);
+        self.pods = state.pods;
+        self.reconcile().await;
+        info!(took_ms = started.elapsed().as_millis(), "state applied");
+    }
+
+    /// Brings the kernel to the wanted pods and tells the workers the difference.
+    async fn reconcile(&mut self) {
+        let world = self.publish.borrow().clone();
+        let wanted: Vec<Wanted> = self.pods.iter().map(|pod| wanted(&world, pod)).collect();
+        for change in self.enrolment.reconcile(&wanted) {
+            match change {
+                Change::Up {
+                    id,
+                    pod,
+                    listeners,
+                    dialer,
+                } => {
+                    self.prefetch(&world, &pod);
+                    for (worker, listeners) in self.workers.iter().zip(listeners) {
+                        worker
+                            .tell(Order::Up {
+                                id,
+                                pod: pod.clone(),
+                                listeners,
+                                dialer: dialer.clone(),
+                            })
+                            .await;
+                    }
+                }
+                Change::Down(id) => {
+                    for worker in &self.workers {
+                        worker.tell(Order::Down(id)).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Has the pod's certificate made before its first connection asks for it.
+    fn prefetch(&self, world: &World, pod: &PodRef) {
+        let identity = world
+            .snapshot
+            .pod(pod)
+            .and_then(|workload| workload.identity.clone());
+        if let Some(identity) = identity {
+            self.store.prefetch(&identity);
+        }
+    }
+
+    /// Ends the workers; a second interrupt ends the process without them.
+    async fn end(self, deadline: Duration, signals: &mut Signals) {
+        info!(
+            ?deadline,
+            "draining: nothing new is accepted, open connections may finish"
+        );
+        for worker in &self.workers {
+            worker.tell(Order::Drain(deadline)).await;
+        }
+        let workers = self.workers;
+        let joined =
+            tokio::task::spawn_blocking(move || workers.into_iter().for_each(Worker::join));
+        tokio::select! {
+            ended = joined => if ended.is_err() {
+                error!("waiting for the workers failed");
+            },
+            () = signals.interrupted() => warn!("interrupted again: open connections are cut"),
+        }
+        info!("ended; enrolled pods stay captured, and so closed, until a process serves them");
+    }
+}
+
+/// The world of a file, after the one before.
+fn next_world(before: &World, config: &Config, state: &State) -> World {
+    before.next(
+        Arc::clone(&config.network),
+        state.workloads.clone(),
+        state.services.clone(),
+        state.policies.clone(),
+    )
+}
+
+/// What the kernel has to know of a pod. A pod that the mesh does not know takes no plaintext.
+fn wanted(world: &World, entry: &PodEntry) -> Wanted {
+    let workload = world.snapshot.pod(&entry.pod);
+    let plaintext = workload.map_or(PlaintextVerdict::Drop, |workload| {
+        verdict(plaintext_verdict(&world.policies, workload))
+    });
+    Wanted {
+        pod: entry.pod.clone(),
+        netns: entry.netns.clone(),
+        settings: PodSettings {
+            addresses: workload.map(|w| w.ips.clone()).unwrap_or_default(),
+            plaintext,
+            excluded_outbound_ports: entry.exclude_outbound_ports.clone(),
+            excluded_outbound_cidrs: entry.exclude_outbound_cidrs.clone(),
+            excluded_inbound_ports: entry.exclude_inbound_ports.clone(),
+        },
+    }
+}
+
+const fn verdict(verdict: authz::PlaintextVerdict) -> PlaintextVerdict {
+    match verdict {
+        authz::PlaintextVerdict::Drop => PlaintextVerdict::Drop,
+        authz::PlaintextVerdict::Proxy => PlaintextVerdict::Proxy,
+    }
+}
+
+fn start_workers(
+    config: &Config,
+    accounts: &Accounts,
+    store: &Arc<Store>,
+    world: &watch::Receiver<World>,
+) -> Result<Vec<Worker>, Error> {
+    let start = |number| {
+        let params = worker::Params {
+            number,
+            book: accounts.book(number),
+            store: Arc::clone(store),
+            tunnel: tunnel_params(config),
+            settings: context::Settings {
+                original_source: config.original_source,
+                response_baggage: config.response_baggage,
+                policy_info_logging: config.policy_info_logging,
+                keepalive: config.keepalive.map(|k| tunnel::TcpKeepalive {
+                    time: k.time,
+                    interval: k.interval,
+                    retries: k.retries,
+                }),
+            },
+            world: world.clone(),
+        };
+        Ok(Worker::start(params)?)
+    };
+    (0..config.workers).map(start).collect()
+}
+
+fn tunnel_params(config: &Config) -> tunnel::Params {
+    tunnel::Params {
+        pool_streams: usize::from(config.pool_max_streams),
+        idle_timeout: config.pool_unused_release,
+        stream_window_bytes: config.stream_window_bytes,
+        connection_window_bytes: config.connection_window_bytes,
+        frame_bytes: config.frame_bytes,
+        ..tunnel::Params::default()
+    }
+}
+
+/// Where updates come from after the first state.
+enum Updates {
+    File(FileSource),
+    Never,
+}
+
+impl Updates {
+    fn open(source: &Source) -> Result<(State, Self), Error> {
+        match source {
+            Source::File(path) => {
+                let (state, file) = FileSource::open(path)?;
+                Ok((state, Self::File(file)))
+            }
+            Source::Inline(text) => {
+                Ok((control::parse(Path::new("LOCAL_XDS"), text)?, Self::Never))
+            }
+        }
+    }
+
+    /// The next state. Cancel safe.
+    async fn next(&mut self) -> Result<State, control::Error> {
+        match self {
+            Self::File(file) => file.changed().await,
+            Self::Never => std::future::pending().await,
+        }
+    }
+}
+
+/// The signals that end the process.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, std::io::Error> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// The first signal that asks for the end. Cancel safe.
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+
+    /// An interrupt. Cancel safe.
+    async fn interrupted(&mut self) {
+        self.interrupt.recv().await;
+    }
+}
+
+/// Each error on a line of its own, with its causes.
+fn lines(errors: &[capture::Error]) -> String {
+    errors
+        .iter()
+        .map(|error| format!("\n  {}", Chain(error)))
+        .collect()
+}
+
+/// An error with its causes, for one field of a log line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the process's one clock for certificates"
+)]
+fn wall_clock() -> SystemTime {
+    SystemTime::now()
+}
+
+/// All addresses of the node, both families where the kernel has both.
+fn any(port: u16) -> SocketAddr {
+    let v6 = Path::new("/proc/net/if_inet6").exists();
+    let ip = if v6 {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+    } else {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+    };
+    SocketAddr::new(ip, port)
+}
+
+/// Where metrics are read.
+// PROTOCOL.md#ports
+const STATS_PORT: u16 = 15020;
+
+/// Where readiness is asked for.
+// PROTOCOL.md#ports
+const READINESS_PORT: u16 = 15021;
+
+/// How often the pods' namespaces are looked at when nothing else happens.
+const RECONCILE_EVERY: Duration = Duration::from_secs(1);

@@ -138,7 +138,7 @@ impl Config {
         Ok(Self {
             source: source(&env)?,
             ca_dir: env.path("CA_DIR", "/var/lib/ztunnel/ca"),
-            bpf_pin_dir: env.path("BPF_PIN_DIR", "/sys/fs/bpf/ztunnel"),
+            bpf_pin_dir: env.path("BPF_PIN_DIR", BPF_PIN_DIR),
             network: env.text("NETWORK").into(),
             node: env.text("NODE_NAME").into(),
             workers: workers(&env, cores)?,
@@ -167,6 +167,17 @@ impl Config {
             ignored: env.ignored(),
         })
     }
+}
+
+/// Where this node's programs and maps are pinned, for verbs that need no other setting.
+#[must_use]
+pub fn bpf_pin_dir() -> PathBuf {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "config is the reader of the environment"
+    )]
+    let value = std::env::var_os("BPF_PIN_DIR").filter(|value| !value.is_empty());
+    value.map_or_else(|| PathBuf::from(BPF_PIN_DIR), PathBuf::from)
 }
 
 /// The environment, checked for UTF-8 where we read it.
@@ -366,6 +377,9 @@ fn is_known_to_peer(name: &str) -> bool {
         .iter()
         .any(|prefix| name.starts_with(prefix))
 }
+
+/// Where programs and maps are pinned when nothing else is said.
+const BPF_PIN_DIR: &str = "/sys/fs/bpf/ztunnel";
 
 /// The most data-plane threads; the kernel side has as many listener slots a pod.
 pub(crate) const MAX_WORKERS: usize = 64;

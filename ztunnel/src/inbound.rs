@@ -1,1 +1,227 @@
-//! HBONE in.
+//! The walk into a pod: HBONE → CONNECT → permit → dial the pod → 200 → relay. Takes a connection on
+//! port 15008, gives one ending for each request on it; never answers 200 before the application
+//! has accepted.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio::net::TcpStream;
+use tokio::task::spawn_local;
+
+use crate::account::{Learned, Ledger, Opening};
+use crate::authz::{Denied, Permit};
+use crate::capture::Captured;
+use crate::context::{Context, DialError};
+use crate::model::{
+    ClientAddr, Direction, Flow, OrigDst, Reason, SecurityPolicy, SpiffeId, ToReason, UpstreamAddr,
+    Workload,
+};
+use crate::resolve::{self, Asked, InboundQuery};
+use crate::tunnel::{self, Accepted, Request};
+use crate::wire::{self, Authority, Baggage, ConnectRequest, Malformed, Traceparent};
+
+/// Serves one HBONE connection into the pod until its peer ends it. A connection that fails before
+/// its first request is recorded once.
+pub async fn serve(conn: Captured, cx: Rc<Context>) {
+    let Captured {
+        stream,
+        client,
+        original,
+        ..
+    } = conn;
+    let _open = cx.book.socket(Direction::Inbound);
+    let mut forced = cx.drain.clone();
+    let handshake = tokio::select! {
+        biased;
+        handshake = handshake(stream, &cx) => handshake,
+        reason = forced.forced() => Err(Failure::Forced(reason)),
+    };
+    let accepted = match handshake {
+        Ok(accepted) => accepted,
+        Err(failure) => {
+            let ledger = cx.book.open(Opening {
+                direction: Direction::Inbound,
+                source: client,
+                destination: original,
+                trace_id: fastrand::u128(..),
+            });
+            ledger.close(failure.to_reason(), Some(&failure));
+            return;
+        }
+    };
+    let peer = Rc::new(Peer {
+        client,
+        original,
+        identity: accepted.peer.clone(),
+    });
+    let on_request = {
+        let cx = Rc::clone(&cx);
+        move |request: Request| {
+            let cx = Rc::clone(&cx);
+            let peer = Rc::clone(&peer);
+            spawn_local(async move { request_to_end(request, &peer, &cx).await });
+        }
+    };
+    // The HTTP/2 connection is the largest part of a tunnel; boxed, it is not moved with the rest.
+    let served = tunnel::serve(accepted, &cx.tunnel, cx.drain.clone(), on_request);
+    let served = Box::pin(served).await;
+    if let Err(error) = served {
+        tracing::debug!(pod = %cx.pod, peer = %client, %error, "tunnel ended");
+    }
+}
+
+/// The other end of one HBONE connection.
+struct Peer {
+    client: ClientAddr,
+    original: OrigDst,
+    identity: SpiffeId,
+}
+
+async fn handshake(stream: TcpStream, cx: &Context) -> Result<Accepted<TcpStream>, Failure> {
+    cx.tune(&stream);
+    let local = cx.workload().await.ok_or(Failure::UnknownWorkload)?;
+    let identity = local.identity.as_ref().ok_or(Failure::NoIdentity)?;
+    let credentials = cx.store.get(identity).await?;
+    Ok(tunnel::handshake(stream, &credentials, &cx.tunnel).await?)
+}
+
+/// Serves one request of the peer to its end.
+async fn request_to_end(request: Request, peer: &Peer, cx: &Context) {
+    let connect = ConnectRequest::decode(&request.parts);
+    let trace = connect.as_ref().ok().and_then(|c| c.traceparent);
+    let ledger = cx.book.open(Opening {
+        direction: Direction::Inbound,
+        source: peer.client,
+        destination: peer.original,
+        trace_id: trace.map_or_else(|| fastrand::u128(..), Traceparent::trace_id),
+    });
+    let mut forced = cx.drain.clone();
+    let end = tokio::select! {
+        biased;
+        end = walk(request, connect, peer, cx, &ledger) => end,
+        reason = forced.forced() => Err(Failure::Forced(reason)),
+    };
+    match end {
+        Ok(()) => ledger.close(Reason::Complete, None),
+        Err(failure) => ledger.close(failure.to_reason(), Some(&failure)),
+    }
+}
+
+async fn walk(
+    request: Request,
+    connect: Result<ConnectRequest, Malformed>,
+    peer: &Peer,
+    cx: &Context,
+    ledger: &Ledger,
+) -> Result<(), Failure> {
+    let prepared = match connect {
+        Ok(connect) => prepare(&connect, peer, cx, ledger).await,
+        Err(malformed) => Err(malformed.into()),
+    };
+    let (permit, app, local) = match prepared {
+        Ok(prepared) => prepared,
+        Err(failure) => {
+            request.refuse(wire::refused(failure.to_reason()).status());
+            return Err(failure);
+        }
+    };
+    let baggage = cx
+        .settings
+        .response_baggage
+        .then(|| Baggage::of(&local).encode());
+    let stream = request.accept(wire::accepted(baggage.as_ref()))?;
+    let mut drain = cx.drain.clone();
+    tunnel::relay(stream, app, &permit, ledger, &mut drain).await?;
+    Ok(())
+}
+
+/// Everything that must hold before the answer is 200.
+async fn prepare(
+    connect: &ConnectRequest,
+    peer: &Peer,
+    cx: &Context,
+    ledger: &Ledger,
+) -> Result<(Permit, TcpStream, Arc<Workload>), Failure> {
+    let local = cx.workload().await.ok_or(Failure::UnknownWorkload)?;
+    let world = cx.view.world();
+    let query = InboundQuery {
+        local: &local,
+        dialled: peer.original,
+        asked: asked(&connect.authority),
+        forwarded_host: connect.forwarded.host.as_deref(),
+    };
+    let delivery = resolve::deliver(&world.snapshot, &query)?;
+    // The workload behind the peer's address, if it is who the certificate says.
+    let source = world
+        .snapshot
+        .workload_at(&local.network, peer.client.ip())
+        .filter(|workload| workload.identity.as_ref() == Some(&peer.identity))
+        .map(Arc::clone);
+    drop(world);
+    let flow = Flow {
+        source: peer.client,
+        source_identity: Some(peer.identity.clone()),
+        destination: OrigDst::new(delivery.app.addr()),
+    };
+    let admitted = cx.admit(&local, flow).await;
+    ledger.learn(Learned {
+        source,
+        source_identity: Some(peer.identity.clone()),
+        destination: Some(Arc::clone(&local)),
+        destination_identity: local.identity.clone(),
+        service: delivery.service,
+        dst_addr: UpstreamAddr::new(peer.original.addr()),
+        hbone_addr: Some(delivery.app.to_string()),
+        security: SecurityPolicy::MutualTls,
+    });
+    let permit = admitted?;
+    let app = cx.dial_app(peer.client.ip(), delivery.app).await?;
+    Ok((permit, app, local))
+}
+
+fn asked(authority: &Authority) -> Asked {
+    match authority {
+        Authority::Ip(addr) => Asked::Ip(*addr),
+        Authority::Host { name, port } => Asked::Host(name.to_string(), *port),
+    }
+}
+
+/// Why an inbound request ended before its two ends ended it.
+#[derive(Debug, Error)]
+enum Failure {
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error("the pod leaves the mesh, or the process ends")]
+    Forced(Reason),
+    #[error(transparent)]
+    Identity(#[from] crate::identity::Error),
+    #[error("the CONNECT is malformed")]
+    Malformed(#[from] Malformed),
+    #[error("the pod's workload has no identity")]
+    NoIdentity,
+    #[error(transparent)]
+    Resolve(#[from] resolve::Error),
+    #[error(transparent)]
+    Tunnel(#[from] tunnel::Error),
+    #[error("the mesh does not know this pod")]
+    UnknownWorkload,
+}
+
+impl ToReason for Failure {
+    fn to_reason(&self) -> Reason {
+        match self {
+            Self::Denied(e) => e.to_reason(),
+            Self::Dial(e) => e.to_reason(),
+            Self::Forced(reason) => *reason,
+            Self::Identity(e) => e.to_reason(),
+            Self::Malformed(e) => e.to_reason(),
+            Self::NoIdentity => Reason::IdentityUnavailable,
+            Self::Resolve(e) => e.to_reason(),
+            Self::Tunnel(e) => e.to_reason(),
+            Self::UnknownWorkload => Reason::UnknownWorkload,
+        }
+    }
+}

@@ -18,7 +18,8 @@ pub mod identity;
 pub mod control;
 pub mod enrol;
 pub mod tunnel;
-// Floor 6: the two walks, and plaintext.
+// Floor 6: what the walks share, the two walks, and plaintext.
+pub mod context;
 pub mod inbound;
 pub mod outbound;
 pub mod passthrough;
@@ -27,3 +28,5 @@ pub mod admin;
 pub mod app;
 pub mod config;
 pub mod logging;
+pub mod stats;
+pub mod worker;

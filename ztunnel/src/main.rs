@@ -1,1 +1,123 @@
-fn main() {}
+//! The program: arguments in, exit code out. Never does the work itself.
+#![expect(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "the command line speaks before and beside the log"
+)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ztunnel::config::{Config, LogFormat};
+use ztunnel::logging;
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// The node proxy of an ambient mesh: captures the pods' TCP by eBPF, carries it over HBONE and
+/// enforces L4 authorization. Settings come from the environment; see deploy/README.md.
+#[derive(Debug, Parser)]
+#[command(name = "ztunnel", version)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Serve the pods of this node (the default).
+    Proxy {
+        /// Taken for compatibility with the established proxy; not used.
+        #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+    /// Undo everything that this node's capture left in the kernel: pods leave the mesh.
+    Release {
+        /// Where the programs are pinned; by default what BPF_PIN_DIR says.
+        #[arg(long)]
+        pin_dir: Option<PathBuf>,
+    },
+    /// Print the version.
+    Version,
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().verb {
+        None => proxy(&[]),
+        Some(Verb::Proxy { rest }) => proxy(&rest),
+        Some(Verb::Release { pin_dir }) => release(pin_dir),
+        Some(Verb::Version) => {
+            println!("ztunnel {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+fn proxy(rest: &[String]) -> ExitCode {
+    let config = match Config::read() {
+        Ok(config) => config,
+        Err(error) => return failed("settings", &error),
+    };
+    let format = match config.log_format {
+        LogFormat::Json => logging::Format::Json,
+        LogFormat::Plain => logging::Format::Plain,
+    };
+    // Lines are written while the guard lives.
+    let guard = match logging::init(format, &config.log_filter) {
+        Ok(guard) => guard,
+        Err(error) => return failed("logging", &error),
+    };
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        pid = std::process::id(),
+        "starting"
+    );
+    if !rest.is_empty() {
+        tracing::info!(arguments = ?rest, "arguments after the verb are not used");
+    }
+    if !config.ignored.is_empty() {
+        let ignored = config.ignored.join(" ");
+        tracing::warn!(%ignored, "variables that this version does not honour");
+    }
+    let ended = ztunnel::app::run(&config, guard.source());
+    drop(guard);
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed("cannot start", &error),
+    }
+}
+
+fn release(pin_dir: Option<PathBuf>) -> ExitCode {
+    let pin_dir = pin_dir.unwrap_or_else(ztunnel::config::bpf_pin_dir);
+    match ztunnel::capture::release_all(&pin_dir) {
+        Ok(released) => {
+            println!(
+                "{} pods released from {}",
+                released.pods.len(),
+                pin_dir.display()
+            );
+            for cookie in &released.unreachable {
+                println!(
+                    "namespace {cookie}: not captured any more, but its ip rule and routes stay: no \
+                     path leads to it"
+                );
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => failed("release", &error),
+    }
+}
+
+/// One line: what was being done, what went wrong, and its causes.
+fn failed(what: &str, error: &dyn std::error::Error) -> ExitCode {
+    let mut line = format!("ztunnel: {what}: {error}");
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    eprintln!("{line}");
+    ExitCode::FAILURE
+}

@@ -7,6 +7,7 @@ mod inbound;
 mod route;
 mod snapshot;
 
+pub(crate) use inbound::OWN_PORTS;
 pub use inbound::{Asked, Delivery, InboundQuery, deliver};
 pub use route::{Hop, Query, Route, route};
 pub use snapshot::Snapshot;

@@ -1,0 +1,307 @@
+//! What the walks of one pod share on one worker: the mesh as the worker sees it, the permits, the
+//! books, the tunnels and the pod's sockets. Takes the parts, gives short answers; never decides.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::{debug, info};
+
+use crate::account::Book;
+use crate::authz::{Denied, DryRun, Live, Permit};
+use crate::capture::Dialer;
+use crate::control::World;
+use crate::drain;
+use crate::identity::Store;
+use crate::model::{AppAddr, Flow, PodRef, Reason, ToReason, UpstreamAddr, Workload};
+use crate::tunnel::{self, Dial, Pool};
+
+/// The mesh as one worker sees it: replaced whole, read without a lock.
+#[derive(Debug)]
+pub struct View {
+    world: RefCell<Rc<World>>,
+    replaced: Notify,
+}
+
+impl View {
+    /// Starts with a world.
+    #[must_use]
+    pub fn new(world: World) -> Rc<Self> {
+        Rc::new(Self {
+            world: RefCell::new(Rc::new(world)),
+            replaced: Notify::new(),
+        })
+    }
+
+    /// The world of now.
+    #[must_use]
+    pub fn world(&self) -> Rc<World> {
+        Rc::clone(&self.world.borrow())
+    }
+
+    /// Replaces the world and wakes whoever waits for a newer one.
+    pub fn replace(&self, world: World) {
+        *self.world.borrow_mut() = Rc::new(world);
+        self.replaced.notify_waiters();
+    }
+
+    /// Looks until `find` gives something or the deadline passes; then gives what `find` says
+    /// last. Cancel safe.
+    pub async fn wait_for<T>(
+        &self,
+        deadline: Instant,
+        find: impl Fn(&World) -> Option<T>,
+    ) -> Option<T> {
+        loop {
+            let replaced = self.replaced.notified();
+            let world = self.world();
+            if let Some(found) = find(&world) {
+                return Some(found);
+            }
+            if timeout_at(deadline, replaced).await.is_err() {
+                return find(&self.world());
+            }
+        }
+    }
+}
+
+/// Settings of the walks.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// The application sees its client's own address.
+    pub original_source: bool,
+    /// The answer to a CONNECT describes this side.
+    pub response_baggage: bool,
+    /// Policy decisions are logged at info, not debug.
+    pub policy_info_logging: bool,
+    /// TCP keepalive of relayed sockets.
+    pub keepalive: Option<tunnel::TcpKeepalive>,
+}
+
+/// What the walks of one pod share on one worker.
+#[derive(Debug)]
+pub struct Context {
+    /// The pod.
+    pub pod: PodRef,
+    /// The mesh.
+    pub view: Rc<View>,
+    /// Permits in use on this worker.
+    pub live: Live,
+    /// The worker's book.
+    pub book: Book,
+    /// The pod's tunnels on this worker.
+    pub pool: Pool<PodDial>,
+    /// Connects from the pod.
+    pub dial: PodDial,
+    /// Certificates.
+    pub store: Arc<Store>,
+    /// HBONE's parameters.
+    pub tunnel: Rc<tunnel::Params>,
+    /// Settings of the walks.
+    pub settings: Settings,
+    /// The pod's end.
+    pub drain: drain::Signal,
+}
+
+impl Context {
+    /// The pod's own workload; waits a while for the control plane to tell. Cancel safe.
+    // PROTOCOL.md#own-workload
+    pub async fn workload(&self) -> Option<Arc<Workload>> {
+        let deadline = Instant::now() + OWN_WORKLOAD_WAIT;
+        let find = |world: &World| world.snapshot.pod(&self.pod).map(Arc::clone);
+        self.view.wait_for(deadline, find).await
+    }
+
+    /// A permit for a connection into this pod. Waits a moment for a policy that the workload
+    /// names and that is not here yet, then refuses. Cancel safe.
+    pub async fn admit(&self, workload: &Arc<Workload>, flow: Flow) -> Result<Permit, Denied> {
+        let deadline = Instant::now() + POLICY_WAIT;
+        let held = |world: &World| {
+            let workload = world.snapshot.workload(&workload.uid).unwrap_or(workload);
+            world.policies.missing(workload).is_none().then_some(())
+        };
+        // Whether it came or not, the judgement below is made on the newest world.
+        let _: Option<()> = self.view.wait_for(deadline, held).await;
+        let world = self.view.world();
+        let workload = world.snapshot.workload(&workload.uid).unwrap_or(workload);
+        let source = flow.source;
+        let judged = self.live.admit(&world.policies, workload, flow);
+        match &judged {
+            Ok(permit) => {
+                let by = permit.allowed_by().map(ToString::to_string);
+                let by = by.as_deref().unwrap_or("no policy in force");
+                self.log_judgement(format_args!("{source} allowed by {by}"), permit.dry_run());
+            }
+            Err(denied) => {
+                self.log_judgement(format_args!("{source} refused: {denied}"), denied.dry_run());
+            }
+        }
+        judged
+    }
+
+    /// Says what policy decided, and what the policies on trial would have.
+    fn log_judgement(&self, judgement: std::fmt::Arguments<'_>, dry_run: &[DryRun]) {
+        let pod = &self.pod;
+        if self.settings.policy_info_logging {
+            info!(%pod, %judgement, "policy");
+        } else {
+            debug!(%pod, %judgement, "policy");
+        }
+        for trial in dry_run {
+            let would = match trial {
+                DryRun::Denied(policy) => format!("be refused by {policy}"),
+                DryRun::NoAllow => "be refused: no ALLOW on trial matches".to_owned(),
+            };
+            info!(%pod, %judgement, would, "dry run");
+        }
+    }
+
+    /// Connects out of the pod. Cancel safe: the socket is closed.
+    ///
+    /// # Errors
+    /// No socket, no answer in time, or a refusal.
+    pub async fn dial_upstream(&self, upstream: UpstreamAddr) -> Result<TcpStream, DialError> {
+        let to = upstream.addr();
+        self.in_time(to, self.dial.upstream(upstream)).await
+    }
+
+    /// Connects to the pod's application, from the client's own address where that is wanted.
+    /// Cancel safe: the socket is closed.
+    ///
+    /// # Errors
+    /// No socket, no answer in time, or a refusal.
+    pub async fn dial_app(&self, client: IpAddr, app: AppAddr) -> Result<TcpStream, DialError> {
+        let client = self.settings.original_source.then_some(client);
+        self.in_time(app.addr(), self.dial.app(client, app)).await
+    }
+
+    async fn in_time(
+        &self,
+        to: SocketAddr,
+        connect: impl Future<Output = Result<TcpStream, DialError>>,
+    ) -> Result<TcpStream, DialError> {
+        let after = self.tunnel.connect_timeout;
+        match timeout(after, connect).await {
+            Ok(connected) => connected,
+            Err(_) => Err(DialError::TimedOut { to, after }),
+        }
+    }
+
+    /// Sets what every relayed socket has. A socket that is dead already says so when it is used.
+    pub fn tune(&self, stream: &TcpStream) {
+        self.dial.tune(stream);
+    }
+}
+
+/// Connects from a pod, with sockets that capture lets through.
+#[derive(Clone, Debug)]
+pub struct PodDial {
+    dialer: Dialer,
+    keepalive: Option<tunnel::TcpKeepalive>,
+}
+
+impl PodDial {
+    /// Takes the pod's sockets and what they are given.
+    #[must_use]
+    pub fn new(dialer: Dialer, keepalive: Option<tunnel::TcpKeepalive>) -> Self {
+        Self { dialer, keepalive }
+    }
+
+    async fn upstream(&self, upstream: UpstreamAddr) -> Result<TcpStream, DialError> {
+        let socket = self.dialer.upstream_socket(upstream.ip());
+        self.connect(socket, upstream.addr()).await
+    }
+
+    async fn app(&self, client: Option<IpAddr>, app: AppAddr) -> Result<TcpStream, DialError> {
+        let socket = self.dialer.app_socket(client, app.ip());
+        self.connect(socket, app.addr()).await
+    }
+
+    async fn connect(
+        &self,
+        socket: io::Result<impl Into<std::net::TcpStream>>,
+        to: SocketAddr,
+    ) -> Result<TcpStream, DialError> {
+        let socket = socket.map_err(|source| DialError::Socket { to, source })?;
+        let connect = TcpSocket::from_std_stream(socket.into()).connect(to);
+        let stream = connect
+            .await
+            .map_err(|source| DialError::Refused { to, source })?;
+        self.tune(&stream);
+        Ok(stream)
+    }
+
+    fn tune(&self, stream: &TcpStream) {
+        if let Err(error) = tunnel::tune(stream, self.keepalive.as_ref()) {
+            debug!(%error, "socket options not set");
+        }
+    }
+}
+
+impl Dial for PodDial {
+    type Io = TcpStream;
+
+    async fn dial(&self, to: UpstreamAddr) -> io::Result<TcpStream> {
+        self.upstream(to).await.map_err(|error| match error {
+            DialError::Refused { source, .. } | DialError::Socket { source, .. } => source,
+            DialError::TimedOut { .. } => io::ErrorKind::TimedOut.into(),
+        })
+    }
+}
+
+/// Why a dial failed.
+#[derive(Debug, Error)]
+pub enum DialError {
+    /// The other side, or the network, refused.
+    #[error("connect to {to}")]
+    Refused {
+        /// What was dialled.
+        to: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// No socket for it.
+    #[error("make a socket in the pod to connect to {to}")]
+    Socket {
+        /// What was to be dialled.
+        to: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// No answer in time.
+    #[error("connect to {to}: no answer in {after:?}")]
+    TimedOut {
+        /// What was dialled.
+        to: SocketAddr,
+        /// How long we waited.
+        after: Duration,
+    },
+}
+
+impl ToReason for DialError {
+    fn to_reason(&self) -> Reason {
+        match self {
+            Self::Refused { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
+                Reason::ConnectTimedOut
+            }
+            Self::Refused { .. } => Reason::ConnectFailed,
+            Self::Socket { .. } => Reason::ResourceExhausted,
+            Self::TimedOut { .. } => Reason::ConnectTimedOut,
+        }
+    }
+}
+
+/// How long a connection waits for the control plane to tell of the pod's own workload.
+// PROTOCOL.md#own-workload
+const OWN_WORKLOAD_WAIT: Duration = Duration::from_secs(5);
+
+/// How long a connection waits for a policy that its workload names: the control plane sends the
+/// workload and the policy on one stream, moments apart.
+const POLICY_WAIT: Duration = Duration::from_secs(1);

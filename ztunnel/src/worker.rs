@@ -1,0 +1,285 @@
+//! One data-plane worker: a thread, its runtime and the walks that live on it. Takes pods and
+//! worlds from the control thread, gives nothing back but its end; a connection that it accepted
+//! never leaves it.
+
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{LocalSet, spawn_local};
+use tracing::{debug, error, warn};
+
+use crate::account::Book;
+use crate::authz::Live;
+use crate::capture::{self, Captured, Dialer, WorkerListeners};
+use crate::context::{Context, PodDial, Settings, View};
+use crate::control::World;
+use crate::drain;
+use crate::enrol::PodId;
+use crate::identity::Store;
+use crate::model::{PodRef, Reason};
+use crate::tunnel::{self, Pool};
+use crate::{inbound, outbound, passthrough};
+
+/// What the control thread tells a worker.
+#[derive(Debug)]
+pub enum Order {
+    /// Serve this pod.
+    Up {
+        /// This enrolment.
+        id: PodId,
+        /// Which pod.
+        pod: PodRef,
+        /// Where its connections arrive.
+        listeners: WorkerListeners,
+        /// Makes sockets in the pod.
+        dialer: Dialer,
+    },
+    /// End this pod at once.
+    Down(PodId),
+    /// Accept nothing more, let what is open finish within this time, then end.
+    Drain(Duration),
+}
+
+/// What a worker starts with.
+#[derive(Debug)]
+pub struct Params {
+    /// Its number, from 0.
+    pub number: usize,
+    /// Its book.
+    pub book: Book,
+    /// Certificates.
+    pub store: Arc<Store>,
+    /// HBONE's parameters.
+    pub tunnel: tunnel::Params,
+    /// Settings of the walks.
+    pub settings: Settings,
+    /// The mesh, replaced whole.
+    pub world: watch::Receiver<World>,
+}
+
+/// Why a worker did not start.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Its runtime.
+    #[error("start the runtime of worker {number}")]
+    Runtime {
+        /// The worker.
+        number: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Its thread.
+    #[error("start the thread of worker {number}")]
+    Thread {
+        /// The worker.
+        number: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// The control thread's side of a worker.
+#[derive(Debug)]
+pub struct Worker {
+    orders: mpsc::Sender<Order>,
+    thread: JoinHandle<()>,
+}
+
+impl Worker {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When the kernel gives no thread or no event queue.
+    pub fn start(params: Params) -> Result<Self, Error> {
+        let number = params.number;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|source| Error::Runtime { number, source })?;
+        let (orders, inbox) = mpsc::channel(ORDERS);
+        let thread = std::thread::Builder::new()
+            .name(format!("worker-{number}"))
+            .spawn(move || LocalSet::new().block_on(&runtime, run(params, inbox)))
+            .map_err(|source| Error::Thread { number, source })?;
+        Ok(Self { orders, thread })
+    }
+
+    /// Tells the worker; waits when it is behind. Cancel safe: the order is sent or not at all.
+    pub async fn tell(&self, order: Order) {
+        if self.orders.send(order).await.is_err() {
+            error!("a worker is gone; the process cannot do its job");
+        }
+    }
+
+    /// Waits for the worker's end.
+    pub fn join(self) {
+        drop(self.orders);
+        if self.thread.join().is_err() {
+            error!("a worker ended by a panic");
+        }
+    }
+}
+
+struct Pod {
+    drain: drain::Trigger,
+}
+
+async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
+    let Params {
+        number,
+        book,
+        store,
+        tunnel,
+        settings,
+        mut world,
+    } = params;
+    let view = View::new(world.borrow_and_update().clone());
+    let live = Live::default();
+    let tunnel = Rc::new(tunnel);
+    let mut pods: HashMap<PodId, Pod> = HashMap::new();
+    debug!(worker = number, "worker started");
+    loop {
+        tokio::select! {
+            order = inbox.recv() => match order {
+                Some(Order::Up { id, pod, listeners, dialer }) => {
+                    let (trigger, drain) = drain::channel();
+                    let dial = PodDial::new(dialer, settings.keepalive);
+                    let context = Rc::new(Context {
+                        pod,
+                        view: Rc::clone(&view),
+                        live: live.clone(),
+                        book: book.clone(),
+                        pool: Pool::new(
+                            Rc::clone(&tunnel),
+                            dial.clone(),
+                            Arc::clone(&store),
+                            drain.clone(),
+                        ),
+                        dial,
+                        store: Arc::clone(&store),
+                        tunnel: Rc::clone(&tunnel),
+                        settings,
+                        drain,
+                    });
+                    serve(&context, listeners);
+                    pods.insert(id, Pod { drain: trigger });
+                }
+                Some(Order::Down(id)) => {
+                    if let Some(pod) = pods.remove(&id) {
+                        pod.drain.force(Reason::PodRemoved);
+                    }
+                }
+                Some(Order::Drain(deadline)) => {
+                    drain(pods, deadline).await;
+                    break;
+                }
+                None => break,
+            },
+            changed = world.changed() => {
+                if changed.is_err() {
+                    break;
+                }
+                view.replace(world.borrow_and_update().clone());
+                let now = view.world();
+                let revoked = live.judge_again(&now.policies, |uid| now.snapshot.workload(uid).cloned());
+                if revoked > 0 {
+                    debug!(worker = number, revoked, "open connections are not allowed any more");
+                }
+            }
+        }
+    }
+    debug!(worker = number, "worker ended");
+}
+
+/// Ends all pods: gracefully until the deadline, then at once.
+async fn drain(pods: HashMap<PodId, Pod>, deadline: Duration) {
+    for pod in pods.values() {
+        pod.drain.graceful();
+    }
+    let all = async {
+        for pod in pods.values() {
+            pod.drain.finished().await;
+        }
+    };
+    if tokio::time::timeout(deadline, all).await.is_ok() {
+        return;
+    }
+    for pod in pods.values() {
+        pod.drain.force(Reason::Drained);
+    }
+    let all = async {
+        for pod in pods.values() {
+            pod.drain.finished().await;
+        }
+    };
+    if tokio::time::timeout(FORCED_END, all).await.is_err() {
+        warn!("connections are still open after they were told to end");
+    }
+}
+
+/// Accepts on the pod's three listeners until the pod drains.
+fn serve(context: &Rc<Context>, listeners: WorkerListeners) {
+    let WorkerListeners {
+        outbound,
+        hbone,
+        plaintext,
+    } = listeners;
+    spawn_local(accept(outbound, Rc::clone(context), |conn, cx| {
+        spawn_local(async move { outbound::serve(conn, &cx).await });
+    }));
+    spawn_local(accept(hbone, Rc::clone(context), |conn, cx| {
+        spawn_local(inbound::serve(conn, cx));
+    }));
+    spawn_local(accept(plaintext, Rc::clone(context), |conn, cx| {
+        spawn_local(async move { passthrough::serve(conn, &cx).await });
+    }));
+}
+
+async fn accept(
+    listener: std::net::TcpListener,
+    context: Rc<Context>,
+    serve: impl Fn(Captured, Rc<Context>),
+) {
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            error!(pod = %context.pod, %error, "cannot serve a listener of the pod");
+            return;
+        }
+    };
+    let mut drain = context.drain.clone();
+    loop {
+        let accepted = tokio::select! {
+            accepted = capture::accept(&listener) => accepted,
+            () = drain.graceful() => return,
+        };
+        match accepted {
+            Ok(conn) => serve(conn, Rc::clone(&context)),
+            Err(error) => {
+                // Out of descriptors or memory: the connection stays in the backlog, so that it
+                // waits instead of failing; trying at once would only spin.
+                warn!(pod = %context.pod, %error, "cannot accept; trying again");
+                tokio::select! {
+                    () = tokio::time::sleep(ACCEPT_BACKOFF) => {}
+                    () = drain.graceful() => return,
+                }
+            }
+        }
+    }
+}
+
+/// Orders that may wait for a worker.
+const ORDERS: usize = 256;
+
+/// How long forced connections have to write their line.
+const FORCED_END: Duration = Duration::from_secs(2);
+
+/// How long a worker without descriptors waits before it accepts again.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
