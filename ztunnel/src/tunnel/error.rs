@@ -140,3 +140,72 @@ const EXHAUSTED: [i32; 5] = [
     libc::ENOBUFS,
     libc::ENOMEM,
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_error_has_the_reason_that_operators_know_it_by() {
+        let to = UpstreamAddr::new(([10, 0, 0, 9], 15008).into());
+        let within = Duration::from_secs(10);
+        let io = |kind: io::ErrorKind| Arc::new(io::Error::from(kind));
+        let connect = |errno| Error::Connect {
+            to,
+            source: Arc::new(io::Error::from_raw_os_error(errno)),
+        };
+        let h2 = || h2::Error::from(h2::Reason::PROTOCOL_ERROR);
+        let forgotten = identity::Error::Forgotten(identity::testing::id("cart"));
+        for (error, reason) in [
+            (connect(libc::ECONNREFUSED), Reason::ConnectFailed),
+            (connect(libc::EHOSTUNREACH), Reason::ConnectFailed),
+            (connect(libc::EMFILE), Reason::ResourceExhausted),
+            (connect(libc::ENFILE), Reason::ResourceExhausted),
+            (Error::ConnectTimedOut { to, within }, Reason::NetworkPolicy),
+            (Error::Drained(Reason::PodRemoved), Reason::PodRemoved),
+            (Error::H2(Arc::new(h2())), Reason::H2Failed),
+            (Error::H2TimedOut(within), Reason::H2TimedOut),
+            (
+                Error::Identity(Arc::new(forgotten)),
+                Reason::IdentityUnavailable,
+            ),
+            (Error::NoStreams(to), Reason::H2Failed),
+            (Error::PeerRefused(503), Reason::PeerRefused),
+            (Error::PeerTimedOut(within), Reason::PeerTimedOut),
+            (Error::PeerWithdrew, Reason::Reset),
+            (
+                Error::Relay(io(io::ErrorKind::HostUnreachable)),
+                Reason::RelayFailed,
+            ),
+            (Error::Reset, Reason::Reset),
+            (Error::Revoked(Reason::PolicyRevoked), Reason::PolicyRevoked),
+            (
+                Error::Tls(io(io::ErrorKind::InvalidData)),
+                Reason::TlsFailed,
+            ),
+            (Error::TlsTimedOut(within), Reason::TlsTimedOut),
+            (Error::TunnelLost(None), Reason::TunnelLost),
+            (Error::Unanswered(within), Reason::TunnelLost),
+        ] {
+            assert_eq!(error.to_reason(), reason, "{error}");
+        }
+    }
+
+    #[test]
+    fn only_an_end_that_a_side_chose_is_a_reset() {
+        for (kind, reset) in [
+            (io::ErrorKind::ConnectionReset, true),
+            (io::ErrorKind::BrokenPipe, true),
+            (io::ErrorKind::TimedOut, false),
+            (io::ErrorKind::HostUnreachable, false),
+        ] {
+            let error = Error::socket(kind.into());
+            assert_eq!(matches!(error, Error::Reset), reset, "{kind:?}");
+        }
+        let error = Error::stream(h2::Error::from(h2::Reason::CANCEL));
+        assert!(
+            matches!(error, Error::TunnelLost(_)),
+            "not of the stream: {error}"
+        );
+    }
+}

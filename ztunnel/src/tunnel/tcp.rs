@@ -151,3 +151,23 @@ fn is_transient(error: &io::Error) -> bool {
         io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::tcp_pair;
+    use super::*;
+
+    /// Behaviour 158.
+    #[tokio::test]
+    async fn a_tuned_socket_sends_at_once_and_asks_whether_the_peer_lives() {
+        let (tcp, other) = tcp_pair().await;
+        tune(&tcp, Some(&TcpKeepalive::default())).unwrap();
+        let socket = SockRef::from(&tcp);
+        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap().as_secs(), 180);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap().as_secs(), 180);
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 9);
+        tune(&other, None).unwrap();
+        assert!(!SockRef::from(&other).keepalive().unwrap());
+    }
+}

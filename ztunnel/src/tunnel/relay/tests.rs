@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -538,17 +539,23 @@ async fn a_relay_that_is_dropped_resets_both() {
 #[tokio::test]
 async fn a_flood_of_tiny_frames_does_not_end_the_tunnel() {
     worker(async {
-        let (mut app, relay, mut peer) = tcp_to_stream().await;
+        let (mut app, ours) = tcp_pair().await;
+        // So small that the frames wait in this process.
+        SockRef::from(&app).set_recv_buffer_size(1 << 16).unwrap();
+        SockRef::from(&ours).set_send_buffer_size(1 << 16).unwrap();
+        let stream = stream().await;
+        let (mut send, _recv) = (stream.send, stream.recv);
+        let relay = start(ours, stream.ours);
         let frames = 300_000;
         for number in 0..frames {
-            give(&mut peer.send, Bytes::from_static(b"0123456789"))
+            give(&mut send, Bytes::from_static(b"0123456789"))
                 .await
                 .unwrap();
             if number % 64 == 0 {
                 tokio::task::yield_now().await;
             }
         }
-        peer.send.send_data(Bytes::new(), true).unwrap();
+        send.send_data(Bytes::new(), true).unwrap();
         let mut all = Vec::new();
         app.read_to_end(&mut all).await.unwrap();
         assert_eq!(all.len(), 10 * frames);
