@@ -49,7 +49,7 @@ fn pod_of(ctx: &SockAddrContext) -> Option<(u64, &'static OutboundRules)> {
     // SAFETY: the context is the one that the kernel gave us.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: the value is read once, below; an update replaces the entry, it does not edit it.
-    let rules = unsafe { PODS.get(&cookie) }?;
+    let rules = unsafe { PODS.get(cookie) }?;
     Some((cookie, rules))
 }
 

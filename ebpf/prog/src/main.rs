@@ -6,6 +6,10 @@
     unsafe_code,
     reason = "contexts are raw pointers and helpers are foreign functions"
 )]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "one context read is a place and a load of it"
+)]
 
 mod connect;
 mod maps;
@@ -37,7 +41,6 @@ pub(crate) fn on_sk_lookup(ctx: SkLookupContext) -> u32 {
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     // The verifier refuses an endless loop, so an object in which a panic is left does not load.
-    #[expect(clippy::empty_loop, reason = "never reached; there is nothing to call")]
     loop {}
 }
 
