@@ -109,14 +109,18 @@ async fn request_to_end(request: Request, peer: &Peer, cx: &Context) {
 }
 
 async fn walk(
-    request: Request,
+    mut request: Request,
     connect: Result<ConnectRequest, Malformed>,
     peer: &Peer,
     cx: &Context,
     ledger: &Ledger,
 ) -> Result<(), Failure> {
     let prepared = match connect {
-        Ok(connect) => prepare(&connect, peer, cx, ledger).await,
+        Ok(connect) => tokio::select! {
+            prepared = prepare(&connect, peer, cx, ledger) => prepared,
+            // A peer that gave up must not keep us busy.
+            withdrawn = request.withdrawn() => Err(withdrawn.into()),
+        },
         Err(malformed) => Err(malformed.into()),
     };
     let (permit, app, local) = match prepared {

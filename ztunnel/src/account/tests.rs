@@ -1,3 +1,5 @@
+//! What a scrape and a log reader see of connections: pages parsed back, lines compared to the letter.
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io;

@@ -1,3 +1,5 @@
+//! What a probe and a scraper get, over real sockets.
+
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinHandle;
 

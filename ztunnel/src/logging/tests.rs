@@ -1,3 +1,5 @@
+//! Lines in both formats, and filters that are refused.
+
 use std::convert::Infallible;
 use std::io::Write;
 use std::sync::mpsc::Receiver;

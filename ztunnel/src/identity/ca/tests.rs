@@ -1,3 +1,5 @@
+//! Authorities that are made, taken over and refused.
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 

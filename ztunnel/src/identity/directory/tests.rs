@@ -1,3 +1,5 @@
+//! The directory of an authority: modes, races and broken files.
+
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU32, Ordering};
 

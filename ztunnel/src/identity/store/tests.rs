@@ -1,3 +1,5 @@
+//! Certificates asked for once, kept, renewed and forgotten, on a paused clock.
+
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::sync::Semaphore;

@@ -1,3 +1,5 @@
+//! Handshakes with real peers: what is offered, whom we take and whom we refuse.
+
 #![expect(
     clippy::large_futures,
     reason = "a test runs one of them and then ends"

@@ -1,3 +1,5 @@
+//! The pool against a real HTTP/2 server in mutual TLS.
+
 #![expect(
     clippy::large_futures,
     reason = "a test runs one of them and then ends"

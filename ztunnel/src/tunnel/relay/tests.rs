@@ -1,3 +1,5 @@
+//! Bytes, ends and resets between real sockets and real streams.
+
 #![expect(
     clippy::large_futures,
     reason = "a test runs one of them and then ends"

@@ -1,3 +1,5 @@
+//! The server against a real HTTP/2 client in mutual TLS.
+
 #![expect(
     clippy::large_futures,
     reason = "a test runs one of them and then ends"
