@@ -1,0 +1,205 @@
+//! Signals: the node process leaves when it is told, finishes what it carries, and makes room.
+
+use std::{
+    io::ErrorKind,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+use ztunnel_tests::{
+    apps::{self, Server},
+    http,
+    load::{Load, Outcome},
+    meshfile::MeshFile,
+    topology::{Builder, Topology},
+    wait,
+    ztunnel::{Node, Settings},
+};
+
+use crate::mesh::{
+    Fate, Mesh, PATIENCE, REQUEST, WATCH, assert_alive, assert_echo, knock, wait_end,
+};
+
+fn pods() -> Builder {
+    Topology::builder().pod("client", "a").pod("server", "b")
+}
+
+fn with_deadline(deadline: &str) -> Result<Mesh> {
+    let topology = pods().build()?;
+    let file = MeshFile::of(&topology);
+    let settings = Settings::of(&topology)?.env("CONNECTION_TERMINATION_DEADLINE", deadline);
+    Mesh::run(topology, |node| file.for_node(node), |_| settings.clone())
+}
+
+/// Waits until the process has closed its readiness port, which it does with all others.
+fn wait_closed(node: &Node) -> Result<Duration> {
+    let began = Instant::now();
+    let at = SocketAddr::from(([127, 0, 0, 1], 15021));
+    wait::until("readiness to close", PATIENCE, || {
+        http::get(node.netns(), at, "/healthz/ready")
+            .is_err()
+            .then_some(())
+    })?;
+    Ok(began.elapsed())
+}
+
+// 148, B133.
+#[test]
+fn sigterm_closes_the_listeners_at_once_and_lets_connections_finish() -> Result<()> {
+    for node in ["a", "b"] {
+        let mut mesh = with_deadline("30s")?;
+        let (client, server) = (mesh.pod("client")?.clone(), mesh.pod("server")?.clone());
+        let _app = Server::start(&server.netns, 9000, apps::echo)?;
+        let mut hbone = apps::dial(&client.netns, server.at(9000))?;
+        assert_alive(&mut hbone)?;
+        let mut plaintext = apps::dial(&mesh.net("a")?.netns, server.at(9000))?;
+        assert_alive(&mut plaintext)?;
+        let leaving = if node == "a" {
+            &mut mesh.a
+        } else {
+            &mut mesh.b
+        };
+        leaving.signal(Signal::SIGTERM)?;
+        let took = wait_closed(leaving)?;
+        ensure!(took < Duration::from_secs(2), "it took {took:?} to close");
+        let new = knock(&client.netns, server.at(9000), REQUEST, WATCH)?;
+        if node == "a" {
+            ensure!(
+                new == Fate::NotConnected(ErrorKind::TimedOut),
+                "outbound waits: {new:?}"
+            );
+        } else {
+            ensure!(!new.is_answered(), "inbound is refused: {new:?}");
+        }
+        assert_alive(&mut hbone).context("HBONE while draining")?;
+        assert_alive(&mut plaintext).context("plaintext while draining")?;
+        ensure!(
+            leaving.wait_exit(WATCH).is_err(),
+            "it left before its connections"
+        );
+        drop(hbone);
+        drop(plaintext);
+        let status = leaving.wait_exit(PATIENCE)?;
+        ensure!(status.success(), "{status}");
+        let lines = leaving.access_lines();
+        let complete = lines
+            .iter()
+            .filter(|l| l.has(&[("reason", "complete"), ("bytes_sent", "34")]));
+        ensure!(complete.count() >= 1, "{lines:?}");
+    }
+    Ok(())
+}
+
+// B135; a tunnel that nobody uses holds nothing up.
+#[test]
+fn an_idle_process_leaves_at_once_with_status_0() -> Result<()> {
+    let mut mesh = with_deadline("30s")?;
+    let (client, server) = (mesh.pod("client")?.clone(), mesh.pod("server")?.clone());
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    assert_echo(&client.netns, server.at(9000))?;
+    for node in [&mut mesh.a, &mut mesh.b] {
+        let began = Instant::now();
+        node.signal(Signal::SIGTERM)?;
+        let status = node.wait_exit(PATIENCE)?;
+        ensure!(status.success(), "{status}");
+        let took = began.elapsed();
+        ensure!(
+            took < Duration::from_secs(3),
+            "node {} took {took:?}",
+            node.name()
+        );
+    }
+    Ok(())
+}
+
+// 149, B131, B134.
+#[test]
+fn the_deadline_ends_what_does_not_end_by_itself() -> Result<()> {
+    let mut mesh = with_deadline("1s")?;
+    let (client, server) = (mesh.pod("client")?.clone(), mesh.pod("server")?.clone());
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let mut stream = apps::dial(&client.netns, server.at(9000))?;
+    assert_alive(&mut stream)?;
+    let began = Instant::now();
+    mesh.a.signal(Signal::SIGTERM)?;
+    wait_end(&stream)?;
+    let cut = began.elapsed();
+    ensure!(
+        cut >= Duration::from_millis(900),
+        "cut after {cut:?}, before the deadline"
+    );
+    mesh.a.wait_exit(PATIENCE)?;
+    let took = began.elapsed();
+    ensure!(took < Duration::from_secs(5), "it took {took:?}");
+    let line = mesh.a.wait_access(0, &[("reason", "drained")])?;
+    ensure!(line.get("error").is_some(), "{line:?}");
+    // The other node is none the worse.
+    mesh.a.restart()?;
+    mesh.a.wait_ready()?;
+    assert_echo(&client.netns, server.at(9000))
+}
+
+// B136.
+#[test]
+fn two_sigints_end_it_at_once() -> Result<()> {
+    let mut mesh = with_deadline("60s")?;
+    let (client, server) = (mesh.pod("client")?.clone(), mesh.pod("server")?.clone());
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let mut stream = apps::dial(&client.netns, server.at(9000))?;
+    assert_alive(&mut stream)?;
+    mesh.a.signal(Signal::SIGINT)?;
+    wait_closed(&mesh.a)?;
+    assert_alive(&mut stream).context("one SIGINT drains")?;
+    let began = Instant::now();
+    mesh.a.signal(Signal::SIGINT)?;
+    mesh.a.wait_exit(PATIENCE)?;
+    let took = began.elapsed();
+    ensure!(took < Duration::from_secs(2), "it took {took:?}");
+    wait_end(&stream)?;
+    Ok(())
+}
+
+// 152, B138: outbound, nothing is refused; a connect waits for the new process at most.
+#[test]
+fn a_new_process_takes_over_while_the_old_one_drains() -> Result<()> {
+    let mut mesh = with_deadline("30s")?;
+    let (client, server) = (mesh.pod("client")?.clone(), mesh.pod("server")?.clone());
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let mut old = apps::dial(&client.netns, server.at(9000))?;
+    assert_alive(&mut old)?;
+    let sniffer = mesh.sniffer()?;
+    let load = Load::start(
+        &client.netns,
+        server.at(9000),
+        b"kanarienvogel",
+        4,
+        PATIENCE,
+    );
+    load.wait_answered(Instant::now(), 20, PATIENCE)?;
+    mesh.a.signal(Signal::SIGTERM)?;
+    wait_closed(&mesh.a)?;
+    let file = std::fs::read_to_string(mesh.a.file())?;
+    let settings = Settings::of(&mesh.topology)?;
+    let new = Node::start(&mesh.topology, "a", &file, settings)?;
+    let taken = Instant::now();
+    load.wait_answered(taken, 20, PATIENCE)?;
+    let attempts = load.finish()?;
+    let bad: Vec<_> = attempts
+        .iter()
+        .filter(|a| a.outcome != Outcome::Answered)
+        .collect();
+    ensure!(bad.is_empty(), "of {} attempts: {bad:?}", attempts.len());
+    assert_alive(&mut old).context("the old process still carries its connection")?;
+    drop(old);
+    let status = mesh.a.wait_exit(PATIENCE)?;
+    ensure!(status.success(), "{status}");
+    assert_echo(&client.netns, server.at(9000)).context("after the old one has gone")?;
+    ensure!(
+        sniffer.seen()?.count(b"kanarienvogel")? == 0,
+        "plaintext on the link"
+    );
+    drop(new);
+    Ok(())
+}

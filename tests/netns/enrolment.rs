@@ -1,0 +1,147 @@
+//! Pods come and go while the node process runs: by the file, and by their namespaces.
+
+use std::{net::TcpStream, os::unix::fs::symlink};
+
+use anyhow::{Context as _, Result, ensure};
+use socket2::{Domain, Socket, Type};
+use ztunnel_tests::{
+    apps::{self, Server},
+    meshfile::MeshFile,
+    process::output,
+    topology::{Builder, Topology},
+    wait,
+    ztunnel::Settings,
+};
+
+use crate::mesh::{Before, Mesh, PATIENCE, assert_alive, assert_echo, routing, wait_end};
+
+fn pods() -> Builder {
+    Topology::builder()
+        .pod("client", "a")
+        .pod("late", "a")
+        .pod("server", "b")
+        .pod("doomed", "b")
+}
+
+#[test]
+fn a_pod_that_leaves_the_file_is_plain_again_and_one_that_enters_is_captured() -> Result<()> {
+    let topology = pods().build()?;
+    let untouched = routing(&topology.pod("client")?.netns)?;
+    let file = MeshFile::of(&topology);
+    let settings = Settings::of(&topology)?;
+    let mesh = Mesh::run(topology, |node| file.for_node(node), |_| settings.clone())?;
+    let (client, late, server) = (mesh.pod("client")?, mesh.pod("late")?, mesh.pod("server")?);
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let mut leaving = apps::dial(&client.netns, server.at(9000))?;
+    let mut staying = apps::dial(&late.netns, server.at(9000))?;
+    assert_alive(&mut leaving)?;
+    assert_alive(&mut staying)?;
+    let mark = mesh.a.log().mark();
+    let before = Before::of(&mesh.a)?;
+    mesh.replace(&MeshFile::of(&mesh.topology).without("client"))?;
+    wait_end(&leaving).context("its connections end with it")?;
+    let line = mesh.a.wait_access(
+        mark,
+        &[("src.workload", "client"), ("direction", "outbound")],
+    )?;
+    assert_eq!(line.get("reason"), Some("pod_removed"), "{line:?}");
+    before.wait_gain(
+        "ztunnel_connections_total",
+        &[("reason", "pod_removed")],
+        1.0,
+    )?;
+    assert_alive(&mut staying).context("the other pod")?;
+    wait::until("the routing of the pod to be as before", PATIENCE, || {
+        (routing(&client.netns).ok()? == untouched).then_some(())
+    })?;
+    let sniffer = mesh.sniffer()?;
+    let canary = b"kanarienvogel";
+    assert_eq!(
+        apps::ask(&client.netns, server.at(9000), canary)?.bytes,
+        canary
+    );
+    ensure!(
+        sniffer.seen()?.contains(canary)?,
+        "it should be in plaintext"
+    );
+    mesh.replace(&MeshFile::of(&mesh.topology))?;
+    wait::until("the pod to be captured again", PATIENCE, || {
+        sniffer.clear().ok()?;
+        apps::ask(&client.netns, server.at(9000), canary).ok()?;
+        (sniffer.seen().ok()?.count(canary).ok()? == 0).then_some(())
+    })
+}
+
+#[test]
+fn a_namespace_that_is_missing_is_reported_and_enrolled_when_it_comes() -> Result<()> {
+    let topology = pods().build()?;
+    let settings = Settings::of(&topology)?;
+    let place = topology.directory()?.join("late-netns");
+    let real = topology.pod("late")?.netns.path();
+    let file = MeshFile::of(&topology);
+    let missing = |node: &str| {
+        let (real, place) = (real.display().to_string(), place.display().to_string());
+        file.for_node(node).replace(&real, &place)
+    };
+    let mesh = Mesh::run(topology, missing, |_| settings.clone())?;
+    let (client, late, server) = (mesh.pod("client")?, mesh.pod("late")?, mesh.pod("server")?);
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    assert_echo(&client.netns, server.at(9000)).context("the other pods are unaffected")?;
+    let named = |line: &str| line.contains("late-netns").then(|| line.to_owned());
+    mesh.a
+        .log()
+        .wait_for("the missing namespace", PATIENCE, named)?;
+    // Made, bound and told about before the pod is in the mesh; connected after.
+    let early = late.netns.within(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&late.at(0).into())?;
+        Ok(socket)
+    })?;
+    symlink(&real, &place)?;
+    let sniffer = mesh.sniffer()?;
+    let canary = b"kanarienvogel-late";
+    wait::until("the pod to be captured", PATIENCE, || {
+        sniffer.clear().ok()?;
+        apps::ask(&late.netns, server.at(9000), canary).ok()?;
+        (sniffer.seen().ok()?.count(canary).ok()? == 0).then_some(())
+    })?;
+    sniffer.clear()?;
+    early.connect(&server.at(9000).into())?;
+    assert_alive(&mut TcpStream::from(early))?;
+    let plain = sniffer.seen()?.segments_on(9000).count();
+    assert_eq!(
+        plain, 0,
+        "a socket from before the enrolment left in plaintext"
+    );
+    assert_echo(&late.netns, server.at(9000))
+}
+
+#[test]
+fn a_namespace_that_vanishes_under_a_connection_disturbs_nobody_else() -> Result<()> {
+    let mesh = Mesh::start(pods(), MeshFile::of)?;
+    let (client, late) = (mesh.pod("client")?, mesh.pod("late")?);
+    let (server, doomed) = (mesh.pod("server")?, mesh.pod("doomed")?);
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let gone = Server::start(&doomed.netns, 9000, apps::echo)?;
+    let mut to_doomed = apps::dial(&client.netns, doomed.at(9000))?;
+    let mut to_server = apps::dial(&client.netns, server.at(9000))?;
+    assert_alive(&mut to_doomed)?;
+    assert_alive(&mut to_server)?;
+    let mark = mesh.b.log().mark();
+    output(None, "ip", &["netns", "del", doomed.netns.name()], "")?;
+    drop(gone);
+    wait_end(&to_doomed).context("the connection into the pod")?;
+    let named = |line: &str| line.contains("doomed").then(|| line.to_owned());
+    mesh.b
+        .log()
+        .wait_since(mark, "the vanished namespace", PATIENCE, named)?;
+    assert_alive(&mut to_server).context("the connection to the other pod")?;
+    assert_echo(&client.netns, server.at(9000))?;
+    assert_echo(&late.netns, server.at6(9000))?;
+    // Its device is gone from the node: nothing holds the namespace any longer.
+    wait::until("the namespace to be let go", PATIENCE, || {
+        let links = output(Some(mesh.b.netns()), "ip", &["-o", "link"], "").ok()?;
+        (!links.contains("p-doomed")).then_some(())
+    })?;
+    Ok(())
+}

@@ -1,0 +1,85 @@
+//! Ports and networks that a pod's entry takes out of the mesh, and how that is counted.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result};
+use ztunnel_tests::{
+    apps::{self, Server},
+    topology::Topology,
+    ztunnel::HBONE,
+};
+
+use crate::{
+    mesh::{Before, Mesh, PATIENCE, REQUEST, assert_echo, knock},
+    plaintext::{LOOKUPS, strict},
+};
+
+#[test]
+fn excluded_ports_and_networks_go_past_the_mesh_and_are_counted() -> Result<()> {
+    let pods = Topology::builder()
+        .pod("client", "a")
+        .pod("outside", "a")
+        .pod("server", "b");
+    let mesh = Mesh::start(pods, |topology| {
+        strict(topology)
+            .pod_setting(
+                "client",
+                "excludeOutboundPorts: [9100]\nexcludeOutboundCidrs: [\"10.88.0.2/32\", \"fd88::2/128\"]",
+            )
+            .pod_setting("server", "excludeInboundPorts: [9100, 9200]")
+    })?;
+    let (client, outside, server) = (
+        mesh.pod("client")?,
+        mesh.pod("outside")?,
+        mesh.pod("server")?,
+    );
+    let host = mesh.net("b")?;
+    let _open = Server::start(&server.netns, 9100, apps::echo)?;
+    let _meshed = Server::start(&server.netns, 9000, apps::echo)?;
+    let _host = Server::start(&host.netns, 9000, apps::echo)?;
+    let before = Before::of(&mesh.a)?;
+    for (name, to, verdict) in [
+        ("an excluded port", server.at(9100), "excluded_port"),
+        ("the same by IPv6", server.at6(9100), "excluded_port"),
+        (
+            "an excluded network",
+            SocketAddr::from((host.v4, 9000)),
+            "excluded_cidr",
+        ),
+        (
+            "the same by IPv6",
+            SocketAddr::from((host.v6, 9000)),
+            "excluded_cidr",
+        ),
+    ] {
+        let one = Before::of(&mesh.a)?;
+        let sniffer = mesh.sniffer()?;
+        assert_echo(&client.netns, to).context(name)?;
+        let seen = sniffer.seen()?;
+        assert!(seen.contains(REQUEST)?, "{name}: it should be in plaintext");
+        assert_eq!(seen.segments_on(HBONE).count(), 0, "{name}");
+        one.wait_gain(CONNECTS, &[("verdict", verdict)], 1.0)
+            .context(name)?;
+    }
+    before.wait_gain("ztunnel_connections_opened_total", &[], 0.0)?;
+
+    // Inbound: past the strict policy, from outside; another port stays closed.
+    let before = Before::of(&mesh.b)?;
+    for to in [server.at(9100), server.at6(9100)] {
+        assert_echo(&outside.netns, to)?;
+    }
+    let excluded = before.gained(LOOKUPS, &[("verdict", "excluded_port")])?;
+    assert!(excluded >= 2.0, "{excluded} counted");
+    before.wait_gain("ztunnel_connections_opened_total", &[], 0.0)?;
+    let fate = knock(&outside.netns, server.at(9000), REQUEST, PATIENCE)?;
+    assert!(fate.is_refused(), "{fate:?}");
+
+    // What is not excluded is in the mesh as ever.
+    let sniffer = mesh.sniffer()?;
+    assert_echo(&client.netns, server.at(9000))?;
+    assert_eq!(sniffer.seen()?.count(REQUEST)?, 0);
+    Ok(())
+}
+
+/// What the connect hooks decided, by verdict.
+const CONNECTS: &str = "ztunnel_capture_connects_total";

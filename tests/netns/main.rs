@@ -1,0 +1,25 @@
+//! The end-to-end proof: two nodes and their pods as network namespaces, real programs, the real
+//! binary. Takes what an operator would do to a node, gives what applications, the wire, the log and
+//! the metrics show of it; never looks inside the process. Needs root, nginx, curl and openssl.
+//!
+//! A number in a comment above a test is the behaviour of the established node proxy that it shows:
+//! `1`–`161` of its data plane, `B001`–`B140` of its operation.
+#![expect(
+    clippy::disallowed_types,
+    reason = "real time: nothing here runs on a paused clock"
+)]
+
+mod drain;
+mod enrolment;
+mod exclusions;
+mod hostile;
+mod input;
+mod journey;
+mod kill;
+mod limits;
+mod listener;
+mod mesh;
+mod plaintext;
+mod policy;
+mod relay;
+mod revocation;

@@ -1,0 +1,306 @@
+//! What most tests begin with: two nodes with a process each, and questions to them. Takes pods and a
+//! mesh file; gives running nodes, counters as differences, and attempts with their fate; never
+//! asserts anything by itself, except in functions that say so.
+
+use std::{
+    fs,
+    io::{ErrorKind, Write as _},
+    net::{Shutdown, SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use ztunnel_tests::{
+    access::Line,
+    apps::{self, End},
+    meshfile::MeshFile,
+    metrics::Metrics,
+    netns::Netns,
+    process::output,
+    topology::{Builder, LINK, NodeNet, Pod, Topology},
+    wait,
+    wire::Sniffer,
+    ztunnel::{Node, Settings},
+};
+
+/// For whatever should happen at once, on a machine that does much else.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// How long something is watched that must not happen.
+pub(crate) const WATCH: Duration = Duration::from_millis(500);
+
+/// Two nodes, each with a running process.
+#[derive(Debug)]
+pub(crate) struct Mesh {
+    pub(crate) a: Node,
+    pub(crate) b: Node,
+    // Last, so that the processes end before their namespaces go.
+    pub(crate) topology: Topology,
+}
+
+impl Mesh {
+    /// Builds the topology and starts both nodes with this file.
+    pub(crate) fn start(
+        builder: Builder,
+        file: impl FnOnce(&Topology) -> MeshFile,
+    ) -> Result<Self> {
+        let topology = builder.build()?;
+        let file = file(&topology);
+        let settings = Settings::of(&topology)?;
+        Self::run(topology, |node| file.for_node(node), |_| settings.clone())
+    }
+
+    /// Starts both nodes of a topology with a text and settings each.
+    pub(crate) fn run(
+        topology: Topology,
+        text: impl Fn(&str) -> String,
+        settings: impl Fn(&str) -> Settings,
+    ) -> Result<Self> {
+        let start = |node| Node::start(&topology, node, &text(node), settings(node));
+        Ok(Self {
+            a: start("a")?,
+            b: start("b")?,
+            topology,
+        })
+    }
+
+    pub(crate) fn pod(&self, name: &str) -> Result<&Pod> {
+        self.topology.pod(name)
+    }
+
+    pub(crate) fn net(&self, node: &str) -> Result<&NodeNet> {
+        self.topology.node(node)
+    }
+
+    /// A capture on the cable between the nodes.
+    pub(crate) fn sniffer(&self) -> Result<Sniffer> {
+        Sniffer::on(&self.net("a")?.netns, LINK)
+    }
+
+    /// Gives both nodes another file; when they have taken it is the caller's to find out.
+    pub(crate) fn replace(&self, file: &MeshFile) -> Result<()> {
+        self.a.replace_file(&file.for_node("a"))?;
+        self.b.replace_file(&file.for_node("b"))
+    }
+
+    /// Where the logs are now.
+    pub(crate) fn marks(&self) -> (usize, usize) {
+        (self.a.log().mark(), self.b.log().mark())
+    }
+}
+
+/// The metrics of one node at one moment, to see what has come since.
+#[derive(Debug)]
+pub(crate) struct Before<'a> {
+    node: &'a Node,
+    metrics: Metrics,
+}
+
+impl<'a> Before<'a> {
+    pub(crate) fn of(node: &'a Node) -> Result<Self> {
+        Ok(Self {
+            node,
+            metrics: node.metrics()?,
+        })
+    }
+
+    /// How much these samples have grown.
+    pub(crate) fn gained(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+        Ok(self.node.metrics()?.sum(name, labels) - self.metrics.sum(name, labels))
+    }
+
+    /// Waits until these samples have grown by `expected`, and fails if they end elsewhere.
+    pub(crate) fn wait_gain(
+        &self,
+        name: &str,
+        labels: &[(&str, &str)],
+        expected: f64,
+    ) -> Result<()> {
+        let mut last = f64::NAN;
+        let what = format!("{name}{labels:?} to grow by {expected}");
+        wait::until(&what, PATIENCE, || {
+            last = self.gained(name, labels).ok()?;
+            ((last - expected).abs() < 0.5).then_some(())
+        })
+        .with_context(|| format!("node {}: it grew by {last}", self.node.name()))
+    }
+}
+
+/// What came of asking somebody who may not want to answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// Bytes, and then an end.
+    Answered(Vec<u8>),
+    /// The connection was made and ended without a byte.
+    Ended(End),
+    /// There was no connection.
+    NotConnected(ErrorKind),
+}
+
+impl Fate {
+    /// Made and ended, or never made: but not silence, and no byte.
+    pub(crate) fn is_refused(&self) -> bool {
+        matches!(
+            self,
+            Self::Ended(End::Fin | End::Reset) | Self::NotConnected(ErrorKind::ConnectionRefused)
+        )
+    }
+
+    pub(crate) fn is_answered(&self) -> bool {
+        matches!(self, Self::Answered(_))
+    }
+}
+
+/// Connects, sends `request`, ends its direction, and reads to the end; `patience` for each.
+pub(crate) fn knock(
+    netns: &Netns,
+    to: SocketAddr,
+    request: &[u8],
+    patience: Duration,
+) -> Result<Fate> {
+    let mut stream = match netns.within(|| Ok(TcpStream::connect_timeout(&to, patience)))? {
+        Err(error) => return Ok(Fate::NotConnected(error.kind())),
+        Ok(stream) => stream,
+    };
+    stream.set_write_timeout(Some(patience))?;
+    // Whoever refuses may have closed already; what is read tells how.
+    drop(stream.write_all(request));
+    drop(stream.shutdown(Shutdown::Write));
+    let (end, bytes) = apps::read_end(&stream, patience)?;
+    Ok(if bytes.is_empty() {
+        Fate::Ended(end)
+    } else {
+        Fate::Answered(bytes)
+    })
+}
+
+/// Asserts that nobody behind this address answers, and that saying so takes no time-out.
+pub(crate) fn assert_refused(netns: &Netns, to: SocketAddr) -> Result<()> {
+    let fate = knock(netns, to, REQUEST, PATIENCE)?;
+    ensure!(
+        fate.is_refused(),
+        "{to} from {netns} should be refused: {fate:?}"
+    );
+    Ok(())
+}
+
+/// Asserts that an echo server behind this address answers.
+pub(crate) fn assert_echo(netns: &Netns, to: SocketAddr) -> Result<()> {
+    let fate = knock(netns, to, REQUEST, PATIENCE)?;
+    ensure!(
+        fate == Fate::Answered(REQUEST.to_vec()),
+        "{to} from {netns} should answer: {fate:?}"
+    );
+    Ok(())
+}
+
+/// Asks until the fate is as wanted: for changes that announce themselves to nobody.
+pub(crate) fn wait_fate(
+    netns: &Netns,
+    to: SocketAddr,
+    what: &str,
+    wanted: impl Fn(&Fate) -> bool,
+) -> Result<Duration> {
+    let started = Instant::now();
+    let mut last = None;
+    wait::until(what, PATIENCE, || {
+        last = knock(netns, to, REQUEST, WATCH).ok();
+        last.as_ref().is_some_and(&wanted).then_some(())
+    })
+    .with_context(|| format!("the last attempt: {last:?}"))?;
+    Ok(started.elapsed())
+}
+
+/// Asserts that an open connection to an echo server carries bytes both ways.
+pub(crate) fn assert_alive(stream: &mut TcpStream) -> Result<()> {
+    use std::io::Read as _;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(REQUEST).context("write")?;
+    let mut back = vec![0; REQUEST.len()];
+    stream.read_exact(&mut back).context("read")?;
+    ensure!(back == REQUEST, "other bytes came back");
+    Ok(())
+}
+
+/// Waits until an open connection ends, without a byte; gives how and how long that took.
+pub(crate) fn wait_end(stream: &TcpStream) -> Result<(End, Duration)> {
+    let started = Instant::now();
+    let (end, bytes) = apps::read_end(stream, PATIENCE)?;
+    ensure!(bytes.is_empty(), "{} bytes came first", bytes.len());
+    ensure!(
+        end != End::Open,
+        "the connection is still open after {PATIENCE:?}"
+    );
+    Ok((end, started.elapsed()))
+}
+
+/// A field of an access line that must be a number.
+pub(crate) fn number(line: &Line, field: &str) -> Result<u64> {
+    let value = line
+        .get(field)
+        .with_context(|| format!("{field} is missing in {line:?}"))?;
+    value.parse().with_context(|| format!("{field}={value}"))
+}
+
+/// The address with an IPv4 one in its mapped form.
+pub(crate) fn mapped(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(v4) => SocketAddr::from((v4.ip().to_ipv6_mapped(), v4.port())),
+        v6 @ SocketAddr::V6(_) => v6,
+    }
+}
+
+/// Rules and routes of a namespace: everything that decides where its packets go.
+pub(crate) fn routing(netns: &Netns) -> Result<String> {
+    let mut text = String::new();
+    for args in [
+        ["-4", "rule", "show", "", ""],
+        ["-6", "rule", "show", "", ""],
+        ["-4", "route", "show", "table", "all"],
+        ["-6", "route", "show", "table", "all"],
+    ] {
+        let args: Vec<_> = args.into_iter().filter(|arg| !arg.is_empty()).collect();
+        text.push_str(&output(Some(netns), "ip", &args, "")?);
+        text.push_str("--\n");
+    }
+    let accept = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+    text.push_str(&netns.within(|| Ok(fs::read_to_string(accept)?))?);
+    Ok(text)
+}
+
+/// Resident memory of a process, in bytes.
+pub(crate) fn resident_bytes(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .context("no VmRSS")?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kib * 1024)
+}
+
+/// Processor time that a process has used, user and system.
+pub(crate) fn cpu_time(pid: u32) -> Result<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let (_, after) = stat.rsplit_once(')').context("no name in stat")?;
+    let ticks: u64 = after
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(|ticks| ticks.parse::<u64>().unwrap_or(0))
+        .sum();
+    // USER_HZ is 100 wherever we run.
+    Ok(Duration::from_millis(ticks * 10))
+}
+
+/// A program that runs another one with its own arguments, as `Settings::binary`.
+pub(crate) fn wrapper(directory: &Path, name: &str, script: &str) -> Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = directory.join(name);
+    fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+/// What is asked where the answer does not matter.
+pub(crate) const REQUEST: &[u8] = b"is anybody there?";
