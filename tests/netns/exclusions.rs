@@ -11,7 +11,7 @@ use ztunnel_tests::{
 
 use crate::{
     mesh::{Before, Mesh, PATIENCE, REQUEST, assert_echo, knock},
-    plaintext::{LOOKUPS, strict},
+    plaintext::{VERDICTS, strict},
 };
 
 #[test]
@@ -58,7 +58,7 @@ fn excluded_ports_and_networks_go_past_the_mesh_and_are_counted() -> Result<()> 
         let seen = sniffer.seen()?;
         assert!(seen.contains(REQUEST)?, "{name}: it should be in plaintext");
         assert_eq!(seen.segments_on(HBONE).count(), 0, "{name}");
-        one.wait_gain(CONNECTS, &[("verdict", verdict)], 1.0)
+        one.wait_gain(VERDICTS, &[("verdict", verdict), ("netns_cookie", "")], 1.0)
             .context(name)?;
     }
     before.wait_gain("ztunnel_connections_opened_total", &[], 0.0)?;
@@ -68,7 +68,7 @@ fn excluded_ports_and_networks_go_past_the_mesh_and_are_counted() -> Result<()> 
     for to in [server.at(9100), server.at6(9100)] {
         assert_echo(&outside.netns, to)?;
     }
-    let excluded = before.gained(LOOKUPS, &[("verdict", "excluded_port")])?;
+    let excluded = before.gained(VERDICTS, &[("verdict", "excluded_port")])?;
     assert!(excluded >= 2.0, "{excluded} counted");
     before.wait_gain("ztunnel_connections_opened_total", &[], 0.0)?;
     let fate = knock(&outside.netns, server.at(9000), REQUEST, PATIENCE)?;
@@ -80,6 +80,3 @@ fn excluded_ports_and_networks_go_past_the_mesh_and_are_counted() -> Result<()> 
     assert_eq!(sniffer.seen()?.count(REQUEST)?, 0);
     Ok(())
 }
-
-/// What the connect hooks decided, by verdict.
-const CONNECTS: &str = "ztunnel_capture_connects_total";

@@ -77,10 +77,18 @@ impl Mesh {
         Sniffer::on(&self.net("a")?.netns, LINK)
     }
 
-    /// Gives both nodes another file; when they have taken it is the caller's to find out.
+    /// Gives both nodes another file and waits until they have taken it; workers may need a moment
+    /// more.
     pub(crate) fn replace(&self, file: &MeshFile) -> Result<()> {
+        let marks = self.marks();
         self.a.replace_file(&file.for_node("a"))?;
-        self.b.replace_file(&file.for_node("b"))
+        self.b.replace_file(&file.for_node("b"))?;
+        for (node, mark) in [(&self.a, marks.0), (&self.b, marks.1)] {
+            let applied = |line: &str| line.contains("state applied").then_some(());
+            node.log()
+                .wait_since(mark, "the new state", PATIENCE, applied)?;
+        }
+        Ok(())
     }
 
     /// Where the logs are now.
