@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use ztunnel_tests::{
-    apps::{self, Server},
+    apps::{self, Heard, Server},
     http,
     load::{Load, Outcome},
     meshfile::MeshFile,
@@ -18,9 +18,7 @@ use ztunnel_tests::{
     ztunnel::{Node, Settings},
 };
 
-use crate::mesh::{
-    Fate, Mesh, PATIENCE, REQUEST, WATCH, assert_alive, assert_echo, knock, wait_end,
-};
+use crate::mesh::{Mesh, PATIENCE, REQUEST, WATCH, assert_alive, assert_echo, knock, wait_end};
 
 fn pods() -> Builder {
     Topology::builder().pod("client", "a").pod("server", "b")
@@ -67,11 +65,11 @@ fn sigterm_closes_the_listeners_at_once_and_lets_connections_finish() -> Result<
         let new = knock(&client.netns, server.at(9000), REQUEST, WATCH)?;
         if node == "a" {
             ensure!(
-                new == Fate::NotConnected(ErrorKind::TimedOut),
+                new == Heard::NotConnected(ErrorKind::TimedOut),
                 "outbound waits: {new:?}"
             );
         } else {
-            ensure!(!new.is_answered(), "inbound is refused: {new:?}");
+            ensure!(!new.answered(), "inbound is refused: {new:?}");
         }
         assert_alive(&mut hbone).context("HBONE while draining")?;
         assert_alive(&mut plaintext).context("plaintext while draining")?;

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use socket2::{Domain, Socket, Type};
 use ztunnel_tests::{
     apps::{self, Server},
+    inspect::Routing,
     meshfile::MeshFile,
     process::output,
     topology::{Builder, Topology},
@@ -13,7 +14,7 @@ use ztunnel_tests::{
     ztunnel::Settings,
 };
 
-use crate::mesh::{Before, Mesh, PATIENCE, assert_alive, assert_echo, routing, wait_end};
+use crate::mesh::{Before, Mesh, PATIENCE, assert_alive, assert_echo, wait_end};
 
 fn pods() -> Builder {
     Topology::builder()
@@ -26,7 +27,7 @@ fn pods() -> Builder {
 #[test]
 fn a_pod_that_leaves_the_file_is_plain_again_and_one_that_enters_is_captured() -> Result<()> {
     let topology = pods().build()?;
-    let untouched = routing(&topology.pod("client")?.netns)?;
+    let untouched = Routing::of(&topology.pod("client")?.netns)?;
     let file = MeshFile::of(&topology);
     let settings = Settings::of(&topology)?;
     let mesh = Mesh::run(topology, |node| file.for_node(node), |_| settings.clone())?;
@@ -52,7 +53,7 @@ fn a_pod_that_leaves_the_file_is_plain_again_and_one_that_enters_is_captured() -
     )?;
     assert_alive(&mut staying).context("the other pod")?;
     wait::until("the routing of the pod to be as before", PATIENCE, || {
-        (routing(&client.netns).ok()? == untouched).then_some(())
+        (Routing::of(&client.netns).ok()? == untouched).then_some(())
     })?;
     let sniffer = mesh.sniffer()?;
     let canary = b"kanarienvogel";

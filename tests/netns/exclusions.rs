@@ -10,7 +10,7 @@ use ztunnel_tests::{
 };
 
 use crate::{
-    mesh::{Before, Mesh, PATIENCE, REQUEST, assert_echo, knock},
+    mesh::{Before, Mesh, PATIENCE, REQUEST, assert_echo, is_refused, knock},
     plaintext::{VERDICTS, strict},
 };
 
@@ -72,7 +72,7 @@ fn excluded_ports_and_networks_go_past_the_mesh_and_are_counted() -> Result<()> 
     assert!(excluded >= 2.0, "{excluded} counted");
     before.wait_gain("ztunnel_connections_opened_total", &[], 0.0)?;
     let fate = knock(&outside.netns, server.at(9000), REQUEST, PATIENCE)?;
-    assert!(fate.is_refused(), "{fate:?}");
+    assert!(is_refused(&fate), "{fate:?}");
 
     // What is not excluded is in the mesh as ever.
     let sniffer = mesh.sniffer()?;

@@ -12,13 +12,14 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use ztunnel_tests::{
     apps::{self, Server},
+    inspect::Routing,
     meshfile::MeshFile,
     process::output,
     topology::{Builder, Topology},
     ztunnel::{Node, Settings, binary},
 };
 
-use crate::mesh::{Mesh, PATIENCE, WATCH, assert_echo, routing, wrapper};
+use crate::mesh::{Mesh, PATIENCE, WATCH, assert_echo, wrapper};
 
 fn pods() -> Builder {
     Topology::builder().pod("client", "a").pod("server", "b")
@@ -28,7 +29,7 @@ fn pods() -> Builder {
 /// with nothing changed.
 fn refuses(topology: &Topology, text: &str, settings: Settings, says: &[&str]) -> Result<()> {
     let pod = &topology.pod("client")?.netns;
-    let before = routing(pod)?;
+    let before = Routing::of(pod)?;
     let began = Instant::now();
     let mut node = Node::launch(topology, "a", text, settings)?;
     let status = node.wait_exit(Duration::from_secs(10)).with_context(|| {
@@ -54,7 +55,7 @@ fn refuses(topology: &Topology, text: &str, settings: Settings, says: &[&str]) -
     let pins = fs::read_dir(node.pins()).map_or(0, Iterator::count);
     ensure!(pins == 0, "{pins} pins are left; it said: {said}");
     ensure!(
-        routing(pod)? == before,
+        Routing::of(pod)? == before,
         "the pod's routing has changed; it said: {said}"
     );
     Ok(())

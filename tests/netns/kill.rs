@@ -7,8 +7,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use ztunnel_tests::{
-    apps::{self, Server},
-    inspect,
+    apps::{self, Heard, Server},
+    inspect::{self, Routing},
     load::{Attempt, Load, Outcome},
     meshfile::MeshFile,
     topology::{Builder, Topology},
@@ -17,7 +17,7 @@ use ztunnel_tests::{
     ztunnel::HBONE,
 };
 
-use crate::mesh::{Fate, Mesh, PATIENCE, WATCH, assert_echo, assert_refused, knock, routing};
+use crate::mesh::{Mesh, PATIENCE, WATCH, assert_echo, assert_refused, knock};
 
 fn pods() -> Builder {
     Topology::builder().pod("client", "a").pod("server", "b")
@@ -64,7 +64,7 @@ fn killed_under_load_the_pod_waits_and_goes_on_and_nothing_leaks() -> Result<()>
         ensure!(
             matches!(
                 knock(&client.netns, to, CANARY, WATCH)?,
-                Fate::NotConnected(ErrorKind::TimedOut)
+                Heard::NotConnected(ErrorKind::TimedOut)
             ),
             "a connect without a process"
         );
@@ -130,7 +130,7 @@ fn killed_on_the_servers_node_the_application_is_closed_not_open() -> Result<()>
     assert_refused(&client.netns, server.at(9000))?;
     for to in [server.at(9000), server.at6(9000)] {
         let fate = knock(&outside, to, CANARY, PATIENCE)?;
-        ensure!(!fate.is_answered(), "plaintext without a process: {fate:?}");
+        ensure!(!fate.answered(), "plaintext without a process: {fate:?}");
     }
     assert_eq!(app.seen().len(), seen, "the application was reached");
     mesh.b.restart()?;
@@ -145,7 +145,7 @@ fn release_undoes_everything_and_traffic_is_plain_again() -> Result<()> {
     let pods = topology.pods().to_vec();
     let state = || {
         pods.iter()
-            .map(|pod| routing(&pod.netns))
+            .map(|pod| Routing::of(&pod.netns))
             .collect::<Result<Vec<_>>>()
     };
     let before = state()?;

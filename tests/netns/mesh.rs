@@ -5,7 +5,7 @@
 use std::{
     fs,
     io::{ErrorKind, Write as _},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -13,11 +13,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use ztunnel_tests::{
     access::Line,
-    apps::{self, End},
+    apps::{self, End, Heard},
     meshfile::MeshFile,
     metrics::Metrics,
     netns::Netns,
-    process::output,
     topology::{Builder, LINK, NodeNet, Pod, Topology},
     wait,
     wire::Sniffer,
@@ -134,59 +133,29 @@ impl<'a> Before<'a> {
     }
 }
 
-/// What came of asking somebody who may not want to answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Fate {
-    /// Bytes, and then an end.
-    Answered(Vec<u8>),
-    /// The connection was made and ended without a byte.
-    Ended(End),
-    /// There was no connection.
-    NotConnected(ErrorKind),
-}
-
-impl Fate {
-    /// Made and ended, or never made: but not silence, and no byte.
-    pub(crate) fn is_refused(&self) -> bool {
-        matches!(
-            self,
-            Self::Ended(End::Fin | End::Reset) | Self::NotConnected(ErrorKind::ConnectionRefused)
-        )
-    }
-
-    pub(crate) fn is_answered(&self) -> bool {
-        matches!(self, Self::Answered(_))
-    }
-}
-
-/// Connects, sends `request`, ends its direction, and reads to the end; `patience` for each.
+/// Connects, sends `request`, ends its direction, and listens to the end; `patience` for each.
 pub(crate) fn knock(
     netns: &Netns,
     to: SocketAddr,
     request: &[u8],
     patience: Duration,
-) -> Result<Fate> {
-    let mut stream = match netns.within(|| Ok(TcpStream::connect_timeout(&to, patience)))? {
-        Err(error) => return Ok(Fate::NotConnected(error.kind())),
-        Ok(stream) => stream,
-    };
-    stream.set_write_timeout(Some(patience))?;
-    // Whoever refuses may have closed already; what is read tells how.
-    drop(stream.write_all(request));
-    drop(stream.shutdown(Shutdown::Write));
-    let (end, bytes) = apps::read_end(&stream, patience)?;
-    Ok(if bytes.is_empty() {
-        Fate::Ended(end)
-    } else {
-        Fate::Answered(bytes)
-    })
+) -> Result<Heard> {
+    apps::knock(netns, to, request, patience).map(|(heard, _)| heard)
+}
+
+/// Made and ended, or never made: but not silence, and no byte.
+pub(crate) fn is_refused(heard: &Heard) -> bool {
+    matches!(
+        heard,
+        Heard::Nothing(End::Fin | End::Reset) | Heard::NotConnected(ErrorKind::ConnectionRefused)
+    )
 }
 
 /// Asserts that nobody behind this address answers, and that saying so takes no time-out.
 pub(crate) fn assert_refused(netns: &Netns, to: SocketAddr) -> Result<()> {
     let fate = knock(netns, to, REQUEST, PATIENCE)?;
     ensure!(
-        fate.is_refused(),
+        is_refused(&fate),
         "{to} from {netns} should be refused: {fate:?}"
     );
     Ok(())
@@ -196,7 +165,7 @@ pub(crate) fn assert_refused(netns: &Netns, to: SocketAddr) -> Result<()> {
 pub(crate) fn assert_echo(netns: &Netns, to: SocketAddr) -> Result<()> {
     let fate = knock(netns, to, REQUEST, PATIENCE)?;
     ensure!(
-        fate == Fate::Answered(REQUEST.to_vec()),
+        fate == Heard::Answer(REQUEST.to_vec()),
         "{to} from {netns} should answer: {fate:?}"
     );
     Ok(())
@@ -207,7 +176,7 @@ pub(crate) fn wait_fate(
     netns: &Netns,
     to: SocketAddr,
     what: &str,
-    wanted: impl Fn(&Fate) -> bool,
+    wanted: impl Fn(&Heard) -> bool,
 ) -> Result<Duration> {
     let started = Instant::now();
     let mut last = None;
@@ -256,24 +225,6 @@ pub(crate) fn mapped(address: SocketAddr) -> SocketAddr {
         SocketAddr::V4(v4) => SocketAddr::from((v4.ip().to_ipv6_mapped(), v4.port())),
         v6 @ SocketAddr::V6(_) => v6,
     }
-}
-
-/// Rules and routes of a namespace: everything that decides where its packets go.
-pub(crate) fn routing(netns: &Netns) -> Result<String> {
-    let mut text = String::new();
-    for args in [
-        ["-4", "rule", "show", "", ""],
-        ["-6", "rule", "show", "", ""],
-        ["-4", "route", "show", "table", "all"],
-        ["-6", "route", "show", "table", "all"],
-    ] {
-        let args: Vec<_> = args.into_iter().filter(|arg| !arg.is_empty()).collect();
-        text.push_str(&output(Some(netns), "ip", &args, "")?);
-        text.push_str("--\n");
-    }
-    let accept = "/proc/sys/net/ipv4/tcp_fwmark_accept";
-    text.push_str(&netns.within(|| Ok(fs::read_to_string(accept)?))?);
-    Ok(text)
 }
 
 /// Resident memory of a process, in bytes.

@@ -2,14 +2,14 @@
 
 use anyhow::{Context as _, Result};
 use ztunnel_tests::{
-    apps::{self, Server},
+    apps::{self, Heard, Server},
     meshfile::MeshFile,
     topology::{Builder, Topology},
     ztunnel::HBONE,
 };
 
 use crate::mesh::{
-    Before, Fate, Mesh, PATIENCE, REQUEST, WATCH, assert_echo, knock, number, wait_fate,
+    Before, Mesh, PATIENCE, REQUEST, WATCH, assert_echo, is_refused, knock, number, wait_fate,
 };
 
 fn pods() -> Builder {
@@ -114,7 +114,7 @@ fn under_a_strict_policy_plaintext_is_refused_at_its_syn_and_hbone_works() -> Re
         for to in [server.at(9000), server.at6(9000)] {
             let before = Before::of(&mesh.b)?;
             let fate = knock(from, to, REQUEST, PATIENCE)?;
-            let refused = Fate::NotConnected(std::io::ErrorKind::ConnectionRefused);
+            let refused = Heard::NotConnected(std::io::ErrorKind::ConnectionRefused);
             assert_eq!(fate, refused, "{to} from {from}");
             let dropped = before.gained(VERDICTS, &[("verdict", "plaintext_dropped")])?;
             assert!(dropped >= 1.0, "{to} from {from}: not counted");
@@ -145,7 +145,7 @@ fn a_port_that_strictness_exempts_takes_plaintext_and_others_do_not() -> Result<
     let mark = mesh.b.log().mark();
     assert_echo(&outside.netns, server.at(9090))?;
     let fate = knock(&outside.netns, server.at(9000), REQUEST, PATIENCE)?;
-    assert!(fate.is_refused(), "{fate:?}");
+    assert!(is_refused(&fate), "{fate:?}");
     assert!(
         other.seen().is_empty(),
         "the application saw a refused connection"
@@ -172,7 +172,7 @@ fn the_verdict_for_plaintext_follows_the_file_at_once() -> Result<()> {
             &outside.netns,
             server.at(9000),
             "plaintext to be refused",
-            |fate| matches!(fate, Fate::NotConnected(_)),
+            |fate| matches!(fate, Heard::NotConnected(_)),
         )?;
         assert!(took < TAKES_EFFECT, "strictness took {took:?}");
         mesh.replace(&open(&mesh.topology))?;
@@ -180,7 +180,7 @@ fn the_verdict_for_plaintext_follows_the_file_at_once() -> Result<()> {
             &outside.netns,
             server.at(9000),
             "plaintext to be admitted",
-            |fate| fate.is_answered(),
+            |fate| fate.answered(),
         )?;
         assert!(took < TAKES_EFFECT, "openness took {took:?}");
     }
@@ -195,7 +195,7 @@ fn plaintext_on_the_hbone_port_reaches_nobody() -> Result<()> {
     let app = Server::start(&server.netns, HBONE, apps::echo);
     let fate = knock(&outside.netns, server.at(HBONE), REQUEST, PATIENCE)?;
     assert!(
-        !fate.is_answered() || fate != Fate::Answered(REQUEST.to_vec()),
+        !fate.answered() || fate != Heard::Answer(REQUEST.to_vec()),
         "{fate:?}"
     );
     if let Ok(app) = app {
@@ -208,7 +208,7 @@ fn plaintext_on_the_hbone_port_reaches_nobody() -> Result<()> {
     let _echo = Server::start(&server.netns, 9000, apps::echo)?;
     assert_echo(&mesh.pod("client")?.netns, server.at(9000))?;
     let fate = knock(&outside.netns, server.at(9999), REQUEST, WATCH)?;
-    assert!(!fate.is_answered(), "{fate:?}");
+    assert!(!fate.answered(), "{fate:?}");
     Ok(())
 }
 

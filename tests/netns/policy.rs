@@ -7,7 +7,7 @@ use ztunnel_tests::{
     topology::{Builder, Topology},
 };
 
-use crate::mesh::{Before, Mesh, assert_echo, assert_refused, wait_fate};
+use crate::mesh::{Before, Mesh, assert_echo, assert_refused, is_refused, wait_fate};
 
 fn pods() -> Builder {
     Topology::builder()
@@ -106,9 +106,9 @@ fn check_row(mesh: &Mesh, app: &Server, row: &Row) -> Result<()> {
         let what = format!("{} admitted: {admitted}", pod.name);
         wait_fate(&pod.netns, server.at(9000), &what, |fate| {
             if admitted {
-                fate.is_answered()
+                fate.answered()
             } else {
-                fate.is_refused()
+                is_refused(fate)
             }
         })?;
     }
@@ -215,7 +215,7 @@ fn a_policy_that_is_missing_refuses() -> Result<()> {
         &client.netns,
         server.at(9000),
         "the policy to arrive",
-        |fate| fate.is_answered(),
+        |fate| fate.answered(),
     )?;
     Ok(())
 }

@@ -301,7 +301,7 @@ pub fn listen_first(netns: &Netns, to: SocketAddr, length: usize) -> Result<(Tcp
 }
 
 /// What came of asking somebody who may not want to answer.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Heard {
     /// Bytes, and then the end.
     Answer(Vec<u8>),
