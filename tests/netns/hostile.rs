@@ -54,12 +54,16 @@ fn no_trick_with_sockets_takes_a_connection_out_in_plaintext() -> Result<()> {
         ("v6", server.at6(9000)),
         ("v4-mapped", mapped(server.at(9000))),
     ];
+    let mut failures = Vec::new();
     for (name, attempt) in tricks().into_iter().chain(more_tricks()) {
         for (family, to) in targets {
             let name = format!("{name} {family}");
-            attempted(&mesh, &name, to, server, attempt).context(name)?;
+            if let Err(error) = attempted(&mesh, &name, to, server, attempt) {
+                failures.push(format!("{name}: {error:#}"));
+            }
         }
     }
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
     still_in_the_mesh(&mesh)
 }
 
@@ -119,12 +123,16 @@ fn no_change_to_its_network_takes_a_pod_out_in_plaintext() -> Result<()> {
             tell(say(t, |s| s.bind_device(Some(b"eth0"))))
         }),
     ];
+    let mut failures = Vec::new();
     for (name, attempt) in attempts {
         for (family, to) in [("v4", server.at(9000)), ("v6", server.at6(9000))] {
             let name = format!("{name} {family}");
-            attempted(&mesh, &name, to, server, attempt).context(name)?;
+            if let Err(error) = attempted(&mesh, &name, to, server, attempt) {
+                failures.push(format!("{name}: {error:#}"));
+            }
         }
     }
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
     // Another pod of the node has not noticed.
     assert_echo(&mesh.pod("client")?.netns, server.at(9000))
 }
@@ -256,19 +264,11 @@ fn tricks() -> Vec<(&'static str, Attempt)> {
             tell(say(t, |s| s.bind_device(Some(b"eth0"))))
         }),
         ("bound to its own address", |t| {
-            let own = if t.to.is_ipv4() {
-                t.own.at(0)
-            } else {
-                t.own.at6(0)
-            };
+            let own = own(t, 0);
             tell(say(t, |s| s.bind(&own.into())))
         }),
         ("bound to address and device", |t| {
-            let own = if t.to.is_ipv4() {
-                t.own.at(0)
-            } else {
-                t.own.at6(0)
-            };
+            let own = own(t, 0);
             tell(say(t, |s| {
                 s.bind(&own.into())
                     .and_then(|()| s.bind_device(Some(b"eth0")))
@@ -296,11 +296,7 @@ fn tricks() -> Vec<(&'static str, Attempt)> {
 fn more_tricks() -> Vec<(&'static str, Attempt)> {
     vec![
         ("from the proxy's port", |t| {
-            let own = if t.to.is_ipv4() {
-                t.own.at(HBONE)
-            } else {
-                t.own.at6(HBONE)
-            };
+            let own = own(t, HBONE);
             tell(say(t, |s| {
                 s.set_reuse_port(true)?;
                 s.set_reuse_address(true)?;
@@ -431,6 +427,15 @@ fn multipath(t: &Try<'_>) -> Result<()> {
 fn shell(script: &str) -> Result<String> {
     // The calling thread is inside the pod; its children are too.
     output(None, "sh", &["-c", script], "")
+}
+
+/// The pod's own address, in the form of the destination.
+fn own(t: &Try<'_>, port: u16) -> SocketAddr {
+    match t.to.ip() {
+        IpAddr::V4(_) => t.own.at(port),
+        IpAddr::V6(to) if to.to_ipv4_mapped().is_some() => mapped(t.own.at(port)),
+        IpAddr::V6(_) => t.own.at6(port),
+    }
 }
 
 fn prefixed(pod: &Pod, like: SocketAddr) -> String {

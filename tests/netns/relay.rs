@@ -199,7 +199,7 @@ fn a_reset_arrives_as_a_reset_in_both_directions() -> Result<()> {
     Ok(())
 }
 
-// 90 (one stalled stream), 123.
+// 90 (one stalled stream), 123, B126.
 #[test]
 fn a_reader_that_stops_holds_its_sender_back_and_nobody_else() -> Result<()> {
     let mesh = Mesh::start(pods(), MeshFile::of)?;
@@ -216,6 +216,7 @@ fn a_reader_that_stops_holds_its_sender_back_and_nobody_else() -> Result<()> {
         stream.shutdown(Shutdown::Write)
     })?;
     let base = [resident_bytes(mesh.a.pid())?, resident_bytes(mesh.b.pid())?];
+    let before = Before::of(&mesh.a)?;
     let mut stream = apps::dial(&client.netns, server.at(9000))?;
     stream.set_write_timeout(Some(Duration::from_secs(1)))?;
     let block = vec![7; 64 * 1024];
@@ -229,6 +230,8 @@ fn a_reader_that_stops_holds_its_sender_back_and_nobody_else() -> Result<()> {
         }
     }
     assert!(sent < LIMIT_BYTES, "the sender was never held back");
+    let counted = before.gained("istio_tcp_received_bytes_total", &[("reporter", "source")])?;
+    assert!(counted > 0.0, "bytes are counted while they move");
     for (pid, base) in [mesh.a.pid(), mesh.b.pid()].into_iter().zip(base) {
         let grown = resident_bytes(pid)?.saturating_sub(base);
         assert!(
