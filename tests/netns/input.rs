@@ -134,6 +134,7 @@ fn bad_files(good: &str) -> Vec<Bad> {
             &["workloads"],
         ),
         bad("an alias bomb", bomb(), &[]),
+        bad("huge", "#".repeat((64 << 20) + 1), &["more than"]),
     ]
 }
 
