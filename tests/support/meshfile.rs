@@ -181,6 +181,10 @@ impl MeshFile {
              name: {name}\n\
              namespace: {namespace}\n\
              serviceAccount: {service_account}\n\
+             workloadName: {name}\n\
+             canonicalName: {name}\n\
+             canonicalRevision: v1\n\
+             clusterId: demo\n\
              trustDomain: cluster.local\n\
              workloadIps: [\"{}\", \"{}\"]\n\
              protocol: {protocol}\n\
