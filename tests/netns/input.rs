@@ -84,7 +84,7 @@ fn bad_files(good: &str) -> Vec<Bad> {
     let items = good.split_once("pods:\n").map_or("", |(_, items)| items);
     vec![
         bad("empty", "", &["empty"]),
-        bad("truncated", half + "\n  - {", &["line"]),
+        bad("truncated", half + "\n  - {", &["a.yaml:1"]),
         bad("not YAML", "\u{1}{]: what is this", &[]),
         bad(
             "an executable",
@@ -95,7 +95,7 @@ fn bad_files(good: &str) -> Vec<Bad> {
         bad(
             "wrong types",
             workload("workloads:\n", "workloads: 7\nx:\n"),
-            &["line"],
+            &["a.yaml:1:12", "workloads"],
         ),
         bad(
             "an address of letters",

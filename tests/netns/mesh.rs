@@ -80,9 +80,12 @@ impl Mesh {
     /// more.
     pub(crate) fn replace(&self, file: &MeshFile) -> Result<()> {
         let marks = self.marks();
-        self.a.replace_file(&file.for_node("a"))?;
-        self.b.replace_file(&file.for_node("b"))?;
         for (node, mark) in [(&self.a, marks.0), (&self.b, marks.1)] {
+            let text = file.for_node(node.name());
+            if fs::read_to_string(node.file())? == text {
+                continue;
+            }
+            node.replace_file(&text)?;
             let applied = |line: &str| line.contains("state applied").then_some(());
             node.log()
                 .wait_since(mark, "the new state", PATIENCE, applied)?;

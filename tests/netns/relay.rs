@@ -54,8 +54,8 @@ fn every_size_arrives_whole_both_ways_and_memory_stays_bounded() -> Result<()> {
         let before = Before::of(&mesh.a)?;
         let done = bulk::exchange(&client.netns, to, bytes, 7)?;
         assert_eq!(done.bytes_each_way, bytes);
-        // Length and seed go up first, the checksum comes down last.
-        let (up, down) = ((bytes + 16).to_string(), (bytes + 8).to_string());
+        // Length and seed go up first, both checksums come down last.
+        let (up, down) = ((bytes + 16).to_string(), (bytes + 16).to_string());
         let line = mesh
             .a
             .wait_access(marks.0, &[("bytes_sent", &up), ("bytes_recv", &down)])?;
@@ -158,6 +158,7 @@ fn a_reset_arrives_as_a_reset_in_both_directions() -> Result<()> {
         let tell = Mutex::new(tell);
         let _reads = Server::start(&app.netns, 9002, move |mut stream| {
             stream.read_exact(&mut [0])?;
+            stream.write_all(b"y")?;
             let end = stream.read(&mut [0]).map_err(|e| e.kind());
             tell.lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -181,6 +182,8 @@ fn a_reset_arrives_as_a_reset_in_both_directions() -> Result<()> {
         let (mark, mark_b) = mesh.marks();
         let mut stream = apps::dial(&client.netns, app.at(9002))?;
         stream.write_all(b"x")?;
+        // A reset takes along what is on its way, so it waits for the answer.
+        stream.read_exact(&mut [0])?;
         apps::abort(stream)?;
         let end = told.recv_timeout(PATIENCE)?;
         assert_eq!(end, Err(ErrorKind::ConnectionReset), "the client's reset");
