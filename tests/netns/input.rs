@@ -39,6 +39,11 @@ fn refuses(topology: &Topology, text: &str, settings: Settings, says: &[&str]) -
         )
     })?;
     let took = began.elapsed();
+    // Its last words may still be in the pipe; at their end the log says that nobody writes.
+    drop(
+        node.log()
+            .wait_for("the end of the log", PATIENCE, |_| None::<()>),
+    );
     let said = node.log().lines().join("\n");
     ensure!(
         status.code().is_some_and(|code| code != 0),
