@@ -216,6 +216,28 @@ fn what_a_raw_socket_sends_past_the_mesh_a_strict_receiver_refuses() -> Result<(
     assert_echo(&mesh.pod("client")?.netns, server.at(9000))
 }
 
+// The same limit in another form: it takes NET_RAW to free a captured socket from `lo`.
+#[test]
+fn a_captured_socket_that_is_rebound_later_reaches_no_application() -> Result<()> {
+    let mesh = Mesh::start(pods(), strict)?;
+    let (hostile, server) = (mesh.pod("hostile")?, mesh.pod("server")?);
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    for to in [server.at(9000), server.at6(9000)] {
+        for device in [Some(&b"eth0"[..]), None] {
+            let heard = hostile.netns.within(|| {
+                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+                socket.connect_timeout(&to.into(), PATIENCE)?;
+                socket.bind_device(device)?;
+                let mut stream = TcpStream::from(socket);
+                stream.write_all(b"kanarienvogel")?;
+                apps::read_end(&stream, PAUSE)
+            })?;
+            ensure!(heard.1.is_empty(), "the application answered {:?}", heard.1);
+        }
+    }
+    assert_echo(&mesh.pod("client")?.netns, server.at(9000))
+}
+
 /// Makes one attempt with a canary of its own and asserts that the link has not seen it.
 fn attempted(
     mesh: &Mesh,
