@@ -72,7 +72,7 @@ fn no_change_to_its_network_takes_a_pod_out_in_plaintext() -> Result<()> {
     let mesh = Mesh::start(pods(), MeshFile::of)?;
     let server = mesh.pod("server")?;
     let _app = Server::start(&server.netns, 9000, apps::echo)?;
-    let attempts: [(&str, Attempt); 7] = [
+    let attempts: [(&str, Attempt); 8] = [
         ("the server's address added", |t| {
             let address = prefixed(t.victim, t.to);
             shell(&format!("ip addr add {address} dev lo"))?;
@@ -117,6 +117,7 @@ fn no_change_to_its_network_takes_a_pod_out_in_plaintext() -> Result<()> {
             tell(say(t, |_| Ok(())))?;
             shell("nft delete table inet out").map(drop)
         }),
+        ("the name of lo given to eth0", name_given_away),
         ("rules and routes flushed", |t| {
             shell(FLUSH)?;
             tell(say(t, |_| Ok(())))?;
@@ -412,6 +413,29 @@ fn nobody() -> SockAddr {
     let length = libc::socklen_t::try_from(size_of::<libc::sockaddr_in>()).unwrap_or(16);
     // SAFETY: the storage is initialised, longer than `length`, and of family 0, `AF_UNSPEC`.
     unsafe { SockAddr::new(SockAddrStorage::zeroed(), length) }
+}
+
+/// A program that binds to `lo` by its name would bind to the way out.
+fn name_given_away(t: &Try<'_>) -> Result<()> {
+    let (v4, v6) = (t.own.v4, t.own.v6);
+    shell(&format!(
+        "ip link set lo down; ip link set lo name lo0; ip link set lo0 up; \
+                 ip link set eth0 down; ip link set eth0 name lo; ip link set lo up; \
+                 ip addr add {v4}/32 dev lo; ip addr add {v6}/128 dev lo nodad; \
+                 ip route add 10.88.1.1 dev lo scope link; \
+                 ip route add default via 10.88.1.1 dev lo; \
+                 ip -6 route add ::/0 via fe80::1 dev lo; :"
+    ))?;
+    tell(say(t, |_| Ok(())))?;
+    shell(&format!(
+        "ip link set lo down; ip link set lo name eth0; ip link set eth0 up; \
+                 ip link set lo0 down; ip link set lo0 name lo; ip link set lo up; \
+                 ip addr add {v4}/32 dev eth0; ip addr add {v6}/128 dev eth0 nodad; \
+                 ip route add 10.88.1.1 dev eth0 scope link; \
+                 ip route add default via 10.88.1.1 dev eth0; \
+                 ip -6 route add ::/0 via fe80::1 dev eth0; :"
+    ))
+    .map(drop)
 }
 
 fn data_in_the_syn(t: &Try<'_>) -> Result<()> {

@@ -415,10 +415,6 @@ fn a_capability_that_is_missing_is_named_with_its_use() -> Result<()> {
     let mut failures = Vec::new();
     for (name, options) in [
         (
-            "CAP_BPF",
-            "--bounding-set=-bpf,-sys_admin --inh-caps=-bpf,-sys_admin",
-        ),
-        (
             "CAP_NET_ADMIN",
             "--bounding-set=-net_admin --inh-caps=-net_admin",
         ),
