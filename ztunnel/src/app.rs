@@ -8,7 +8,8 @@ use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
@@ -61,11 +62,20 @@ pub fn run(config: &Config, log_rows: Box<dyn account::Source>) -> Result<(), Er
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(Box::pin(serve(config, log_rows)))
+    let ended = runtime.block_on(Box::pin(serve(config, log_rows)));
+    // A second interrupt leaves workers behind; the process does not wait for them.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<(), Error> {
     let mut signals = Signals::listen()?;
+    let params = capture::Params {
+        pin_dir: config.bpf_pin_dir.clone(),
+        workers: config.workers,
+    };
+    // Before anything is changed, also before a CA is created.
+    capture::preflight(&params).map_err(Error::Preflight)?;
     let (state, mut updates) = Updates::open(&config.source)?;
     let ca = LocalCa::open(&config.ca_dir, wall_clock())?;
     let lifetime = identity::Params {
@@ -81,11 +91,6 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
     let stats_server = admin::Server::bind(any(STATS_PORT))?;
     let readiness_server = admin::Server::bind(any(READINESS_PORT))?;
 
-    let params = capture::Params {
-        pin_dir: config.bpf_pin_dir.clone(),
-        workers: config.workers,
-    };
-    capture::preflight(&params).map_err(Error::Preflight)?;
     let capture = Capture::start(&params)?;
     accounts.register(stats::kernel(capture.clone()));
 
@@ -120,8 +125,10 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
             "ready"
         );
         node.control(config, &mut updates, &mut signals).await;
+        node.drain(config.termination_deadline).await;
+        // Last: who sees readiness gone may rely on the listeners being on their way out.
         end.graceful();
-        node.end(config.termination_deadline, &mut signals).await;
+        node.end(&mut signals).await;
     };
     tokio::select! {
         _ = servers => error!("the servers for operators ended before the process"),
@@ -221,8 +228,8 @@ impl Node {
         }
     }
 
-    /// Ends the workers; a second interrupt ends the process without them.
-    async fn end(self, deadline: Duration, signals: &mut Signals) {
+    /// Tells the workers to end.
+    async fn drain(&self, deadline: Duration) {
         info!(
             ?deadline,
             "draining: nothing new is accepted, open connections may finish"
@@ -230,6 +237,10 @@ impl Node {
         for worker in &self.workers {
             worker.tell(Order::Drain(deadline)).await;
         }
+    }
+
+    /// Waits for the workers; a second interrupt ends the process without them.
+    async fn end(self, signals: &mut Signals) {
         let workers = self.workers;
         let joined =
             tokio::task::spawn_blocking(move || workers.into_iter().for_each(Worker::join));
@@ -319,30 +330,48 @@ fn tunnel_params(config: &Config) -> tunnel::Params {
     }
 }
 
-/// Where updates come from after the first state.
-enum Updates {
-    File(FileSource),
-    Never,
+/// Updates after the first state. They are read by a task of their own: reading a large file takes
+/// longer than the control loop waits for anything, and must not begin again each time.
+struct Updates {
+    read: mpsc::Receiver<Result<State, control::Error>>,
+    _reader: Option<Reader>,
+}
+
+/// Ends the reading task when it is dropped.
+struct Reader(JoinHandle<()>);
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Updates {
     fn open(source: &Source) -> Result<(State, Self), Error> {
-        match source {
+        let (send, read) = mpsc::channel(1);
+        let (state, reader) = match source {
             Source::File(path) => {
-                let (state, file) = FileSource::open(path)?;
-                Ok((state, Self::File(file)))
+                let (state, mut file) = FileSource::open(path)?;
+                let reader =
+                    tokio::spawn(
+                        async move { while send.send(file.changed().await).await.is_ok() {} },
+                    );
+                (state, Some(Reader(reader)))
             }
-            Source::Inline(text) => {
-                Ok((control::parse(Path::new("LOCAL_XDS"), text)?, Self::Never))
-            }
-        }
+            Source::Inline(text) => (control::parse(Path::new("LOCAL_XDS"), text)?, None),
+        };
+        let updates = Self {
+            read,
+            _reader: reader,
+        };
+        Ok((state, updates))
     }
 
     /// The next state. Cancel safe.
     async fn next(&mut self) -> Result<State, control::Error> {
-        match self {
-            Self::File(file) => file.changed().await,
-            Self::Never => std::future::pending().await,
+        match self.read.recv().await {
+            Some(update) => update,
+            None => std::future::pending().await,
         }
     }
 }

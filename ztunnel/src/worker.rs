@@ -12,7 +12,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
-use tokio::task::{LocalSet, spawn_local};
+use tokio::task::{LocalSet, spawn_local, unconstrained};
 use tracing::{debug, error, warn};
 
 use crate::account::Book;
@@ -258,7 +258,7 @@ async fn accept(
     loop {
         let accepted = tokio::select! {
             accepted = capture::accept(&listener) => accepted,
-            () = drain.graceful() => return,
+            () = drain.graceful() => break,
         };
         match accepted {
             Ok(conn) => serve(conn, Rc::clone(&context)),
@@ -268,10 +268,24 @@ async fn accept(
                 warn!(pod = %context.pod, %error, "cannot accept; trying again");
                 tokio::select! {
                     () = tokio::time::sleep(ACCEPT_BACKOFF) => {}
-                    () = drain.graceful() => return,
+                    () = drain.graceful() => break,
                 }
             }
         }
+    }
+    // What the kernel has accepted already would be reset with the listener.
+    while let Some(conn) = waiting(&listener).await {
+        serve(conn, Rc::clone(&context));
+    }
+}
+
+/// A connection that waits to be accepted, if there is one.
+async fn waiting(listener: &TcpListener) -> Option<Captured> {
+    let accepted = unconstrained(capture::accept(listener));
+    tokio::select! {
+        biased;
+        accepted = accepted => accepted.ok(),
+        () = std::future::ready(()) => None,
     }
 }
 

@@ -107,8 +107,8 @@ pub struct InboundRules {
     pub workers: u32,
     /// What happens to plaintext from outside: one of the `PLAINTEXT_*` constants.
     pub plaintext: u32,
-    /// 1 if we turned `net.ipv4.tcp_fwmark_accept` on in this pod, and so turn it off on release.
-    pub owns_fwmark_accept: u32,
+    /// The sysctls that we turned on in this pod, a bit each, and so turn off on release.
+    pub sysctls_turned_on: u32,
 }
 
 /// Plaintext from outside is refused at its SYN; also the meaning of every value not listed here.

@@ -308,7 +308,7 @@ pub(super) fn ours(dir: &Path) -> Result<OwnedFd, Error> {
 pub(super) fn closed_rules() -> Result<(OutboundRules, InboundRules), Error> {
     let settings = PodSettings::default();
     let base = InboundRules {
-        owns_fwmark_accept: 1,
+        sysctls_turned_on: 1,
         ..InboundRules::default()
     };
     Ok((settings.outbound()?, settings.inbound(&base)?))

@@ -37,7 +37,7 @@ impl PodCapture {
         let (listeners, ports_displaced) = listen::open(netns, node.workers)?;
         let base = InboundRules {
             workers: node.workers,
-            owns_fwmark_accept: u32::from(turned_on),
+            sysctls_turned_on: turned_on,
             ..InboundRules::default()
         };
         let entry = Entry {
@@ -135,7 +135,7 @@ impl Entry<'_> {
         let mut pod = PodMaps::open(&dir)?;
         let before = pod.rules()?;
         let rules = self.settings.inbound(&InboundRules {
-            owns_fwmark_accept: before.owns_fwmark_accept | base.owns_fwmark_accept,
+            sysctls_turned_on: before.sysctls_turned_on | base.sysctls_turned_on,
             ..*base
         })?;
         pod.put_listeners(listeners)?;
@@ -188,7 +188,7 @@ fn swap_or_attach(
 
 /// Takes back a first enrolment that failed; what cannot be taken back is logged, the error that
 /// caused it is what the caller sees.
-fn undo(node: &Node, state: &mut State, netns: &Netns, turned_on: bool) {
+fn undo(node: &Node, state: &mut State, netns: &Netns, turned_on: u32) {
     let cookie = netns.cookie();
     let steps = [
         state.maps.remove_pod(cookie),

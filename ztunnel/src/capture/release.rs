@@ -105,10 +105,10 @@ pub fn release_all(pin_dir: &Path) -> Result<Released, Error> {
 fn release_pod(dir: &Path, netns: Option<&Netns>) -> Result<bool, Error> {
     // An unreadable link is on its way out with its pin.
     let inode = pins::netns_inode(dir).unwrap_or_default().unwrap_or(0);
-    // Rules that cannot be read are of another ABI; the sysctl was most likely ours.
-    let owns_sysctl = PodMaps::open(dir)
+    // Rules that cannot be read are of another ABI; the sysctls were most likely ours.
+    let turned_on = PodMaps::open(dir)
         .and_then(|pod| pod.rules())
-        .map_or(true, |rules| rules.owns_fwmark_accept != 0);
+        .map_or(u32::MAX, |rules| rules.sysctls_turned_on);
     detach(&dir.join(pins::LINK))?;
     let found = if netns.is_none() && inode != 0 {
         Netns::find(inode)
@@ -116,7 +116,7 @@ fn release_pod(dir: &Path, netns: Option<&Netns>) -> Result<bool, Error> {
         None
     };
     let netns = netns.or(found.as_ref());
-    let cleared = netns.map_or(Ok(()), |netns| route::remove(netns, owns_sysctl));
+    let cleared = netns.map_or(Ok(()), |netns| route::remove(netns, turned_on));
     // Also when the namespace could not be cleared: pins without a program help nobody.
     pins::remove(dir)?;
     cleared?;

@@ -5,7 +5,6 @@
 use std::{
     fs, io,
     net::{Ipv4Addr, Ipv6Addr},
-    path::Path,
 };
 
 use rtnetlink::{
@@ -23,12 +22,18 @@ use super::{Error, Netns, netns};
 /// On our connections to the application; its answers carry it too.
 pub(super) const REPLY_MARK: u32 = 0x53a;
 
-/// Installs everything; what is there already stays. True: this call turned the sysctl on.
-pub(super) fn install(netns: &Netns) -> Result<bool, Error> {
+/// Installs everything; what is there already stays. Gives the sysctls that this call turned on, a
+/// bit each.
+pub(super) fn install(netns: &Netns) -> Result<u32, Error> {
     netns
         .run_apart(|| {
-            let turned_on = write_sysctl("1")?;
             let v6 = has_v6();
+            let mut turned_on = 0;
+            for (bit, sysctl) in sysctls(v6) {
+                if write(sysctl, "1")? {
+                    turned_on |= bit;
+                }
+            }
             on_netlink(async |handle| {
                 let up = LinkUnspec::new_with_index(netns::LOOPBACK.get())
                     .up()
@@ -46,13 +51,15 @@ pub(super) fn install(netns: &Netns) -> Result<bool, Error> {
 }
 
 /// Takes away what [`install`] added; what is gone already is fine. `lo` stays up.
-pub(super) fn remove(netns: &Netns, owns_sysctl: bool) -> Result<(), Error> {
+pub(super) fn remove(netns: &Netns, turned_on: u32) -> Result<(), Error> {
     netns
         .run_apart(|| {
-            if owns_sysctl {
-                write_sysctl("0")?;
-            }
             let v6 = has_v6();
+            for (bit, sysctl) in sysctls(v6) {
+                if turned_on & bit != 0 {
+                    write(sysctl, "0")?;
+                }
+            }
             on_netlink(async |handle| {
                 for wanted in wanted(v6) {
                     wanted.remove(&handle).await?;
@@ -187,18 +194,25 @@ fn on_netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, Error>) -> Result<T
     })
 }
 
-/// One sysctl serves both families. True if it had another value.
-fn write_sysctl(value: &str) -> Result<bool, Error> {
-    let path = Path::new(FWMARK_ACCEPT);
-    let sysctl = |source: io::Error| Error::Sysctl {
-        path: path.to_path_buf(),
+/// Turns a sysctl to a value. True if it had another.
+fn write(path: &str, value: &str) -> Result<bool, Error> {
+    let failed = |source: io::Error| Error::Sysctl {
+        path: path.into(),
         source,
     };
-    if fs::read_to_string(path).map_err(sysctl)?.trim() == value {
+    if fs::read_to_string(path).map_err(failed)?.trim() == value {
         return Ok(false);
     }
-    fs::write(path, value).map_err(sysctl)?;
+    fs::write(path, value).map_err(failed)?;
     Ok(true)
+}
+
+/// The sysctls that bring the application's answers back to us, and the bit of each in what
+/// [`install`] gives.
+fn sysctls(v6: bool) -> impl Iterator<Item = (u32, &'static str)> {
+    SYSCTLS
+        .into_iter()
+        .filter(move |(_, path)| v6 || !path.contains("/ipv6/"))
 }
 
 fn has_v6() -> bool {
@@ -206,8 +220,15 @@ fn has_v6() -> bool {
         .is_ok_and(|value| value.trim() == "0")
 }
 
-// Opening it inside the namespace shows the namespace's own value.
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// Opening one inside the namespace shows the namespace's own value. `tcp_fwmark_accept` serves both
+/// families: accepted sockets answer with the mark of our SYN. `fwmark_reflect` does the same for the
+/// reset of a port where nobody listens; without it that reset leaves by `eth0`, and our dial waits
+/// for its deadline (6.18).
+const SYSCTLS: [(u32, &str); 3] = [
+    (1, "/proc/sys/net/ipv4/tcp_fwmark_accept"),
+    (2, "/proc/sys/net/ipv4/fwmark_reflect"),
+    (4, "/proc/sys/net/ipv6/fwmark_reflect"),
+];
 /// The number of the plaintext port; free in the tables that distributions name.
 const REPLY_TABLE: u32 = 15006;
 const MAIN_TABLE: u32 = 254;

@@ -58,7 +58,7 @@ impl PodSettings {
                 PlaintextVerdict::Pass => PLAINTEXT_PASS,
             },
             workers: base.workers,
-            owns_fwmark_accept: base.owns_fwmark_accept,
+            sysctls_turned_on: base.sysctls_turned_on,
         })
     }
 
