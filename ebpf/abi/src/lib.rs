@@ -9,7 +9,7 @@ pub use verdict::{ConnectVerdict, LookupVerdict};
 
 /// The version of everything in this crate that outlives a process in the pins. It grows whenever a
 /// map's name, shape or meaning, or a program's attach point, changes.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Pods that one node process can hold; one more is refused, never captured by halves.
 pub const MAX_PODS: u32 = 1024;
@@ -34,7 +34,7 @@ pub mod map {
     pub const CIDRS: &str = "CIDRS";
     /// Socket storage: the sockets of the node process itself, which `connect` lets through.
     pub const OURS: &str = "OURS";
-    /// Per CPU, by [`super::ConnectVerdict`]: what `connect` decided.
+    /// Per CPU, by [`super::ConnectVerdict`]: what `connect` and `setsockopt` decided.
     pub const CONNECT_VERDICTS: &str = "CONNECT_VERDICTS";
     /// One per pod, by [`super::listener_slot`]: the sockets that `sk_lookup` hands connections to.
     pub const LISTENERS: &str = "LISTENERS";
@@ -50,6 +50,8 @@ pub mod program {
     pub const CONNECT4: &str = "on_connect4";
     /// `cgroup/connect6`.
     pub const CONNECT6: &str = "on_connect6";
+    /// `cgroup/setsockopt`.
+    pub const SETSOCKOPT: &str = "on_setsockopt";
     /// `sk_lookup`.
     pub const SK_LOOKUP: &str = "on_sk_lookup";
 }

@@ -43,7 +43,7 @@ macro_rules! verdicts {
 }
 
 verdicts! {
-    /// What `connect4` and `connect6` decided about a TCP connection of an enrolled pod.
+    /// What `connect4`, `connect6` and `setsockopt` decided about a TCP socket of an enrolled pod.
     ConnectVerdict {
         /// Bound to `lo`: it reaches us or nobody.
         Captured = "captured",
@@ -59,6 +59,8 @@ verdicts! {
         ExcludedCidr = "excluded_cidr",
         /// The socket could not be bound to `lo`: refused.
         BindFailed = "bind_failed",
+        /// The socket was past its connect and should have left `lo`: refused.
+        RebindRefused = "rebind_refused",
     }
 }
 

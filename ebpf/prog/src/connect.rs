@@ -114,7 +114,7 @@ fn verdict(
 
 /// Whether the node process tagged the socket. Nobody else can: the map is its own.
 #[inline(always)]
-fn is_ours(socket: *mut bpf_sock) -> bool {
+pub(crate) fn is_ours(socket: *mut bpf_sock) -> bool {
     // SAFETY: the verifier knows the pointer for a socket and the map for socket storage.
     let tag = unsafe {
         bpf_sk_storage_get(
@@ -136,6 +136,7 @@ fn bind_to_lo(ctx: &SockAddrContext, socket: *mut bpf_sock) -> bool {
     if unsafe { addr_of!((*socket).bound_dev_if).read_volatile() } == LOOPBACK_IFINDEX {
         return true;
     }
+    // PROTOCOL.md#bind-by-index
     // By index, which is the kernel's: a pod that may rename devices could call another one `lo`.
     let mut index = LOOPBACK_IFINDEX;
     // SAFETY: the pointer and the length are those of `index`, which lives through the call.
@@ -165,11 +166,11 @@ fn addr_of_words(context: *mut bpf_sock_addr) -> [u32; 4] {
     }
 }
 
-const SOCK_STREAM: u32 = 1;
-const IPPROTO_TCP: u32 = 6;
-const IPPROTO_MPTCP: u32 = 262;
-const SOL_SOCKET: i32 = 1;
-const SO_BINDTOIFINDEX: i32 = 62;
-const INDEX_BYTES: i32 = 4;
+pub(crate) const SOCK_STREAM: u32 = 1;
+pub(crate) const IPPROTO_TCP: u32 = 6;
+pub(crate) const IPPROTO_MPTCP: u32 = 262;
+pub(crate) const SOL_SOCKET: i32 = 1;
+pub(crate) const SO_BINDTOIFINDEX: i32 = 62;
+pub(crate) const INDEX_BYTES: i32 = 4;
 /// The kernel gives every network namespace's `lo` this index.
 const LOOPBACK_IFINDEX: u32 = 1;

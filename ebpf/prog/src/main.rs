@@ -13,11 +13,12 @@
 
 mod connect;
 mod maps;
+mod setsockopt;
 mod sk_lookup;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, sk_lookup},
-    programs::{SkLookupContext, SockAddrContext},
+    macros::{cgroup_sock_addr, cgroup_sockopt, sk_lookup},
+    programs::{SkLookupContext, SockAddrContext, SockoptContext},
 };
 
 /// `cgroup/connect4`: 1 lets the connection go on, 0 refuses it with EPERM.
@@ -30,6 +31,12 @@ pub(crate) fn on_connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub(crate) fn on_connect6(ctx: SockAddrContext) -> i32 {
     connect::connect6(&ctx).into()
+}
+
+/// `cgroup/setsockopt`: 1 lets the call go on or says that it is done, 0 refuses it.
+#[cgroup_sockopt(setsockopt)]
+pub(crate) fn on_setsockopt(ctx: SockoptContext) -> i32 {
+    setsockopt::guard(&ctx).into()
 }
 
 /// `sk_lookup`: SK_PASS with or without a listener chosen, or SK_DROP.

@@ -37,6 +37,7 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> u32 {
         LookupVerdict::InsidePod
         | LookupVerdict::ExcludedPort
         | LookupVerdict::PlaintextPassed => SK_PASS,
+        // PROTOCOL.md#lo-unanswered
         // Passing would hand it to whatever wildcard listener the application has. On `lo` no reset
         // can be routed back from the foreign address, so the connection waits (6.18).
         LookupVerdict::OutboundNoListener
@@ -65,6 +66,7 @@ fn verdict(ctx: &SkLookupContext, rules: &InboundRules) -> LookupVerdict {
             LookupVerdict::OutboundNoListener,
         );
     }
+    // PROTOCOL.md#self-traffic-ifindex
     // What a pod sends to its own address loops over `lo` but shows the device of that address.
     // From outside the kernel lets no such source in (IPv4), or its answer stays here (IPv6).
     if holds_address(&rules.addresses, &remote_address(ctx.lookup)) {
@@ -120,6 +122,7 @@ fn assign(
     // SAFETY: the helper only reads the number of the CPU that runs us.
     let cpu = unsafe { bpf_get_smp_processor_id() };
     let slot = listener_slot(kind, cpu % workers);
+    // PROTOCOL.md#no-reuseport
     // REPLACE: another program of this namespace has no say. NO_REUSEPORT: neither has a process of
     // the pod that joined our listener's port group.
     let flags = BPF_SK_LOOKUP_F_REPLACE | BPF_SK_LOOKUP_F_NO_REUSEPORT;

@@ -13,7 +13,9 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SkLookup, links::FdLink},
+    programs::{
+        CgroupSockAddr, CgroupSockopt, Program, ProgramError, ProgramFd, SkLookup, links::FdLink,
+    },
 };
 use ebpf_abi::{ABI_VERSION, MAX_WORKERS, program};
 
@@ -21,7 +23,8 @@ use super::{
     Count, Error, Netns, NetnsCookie, PodCapture, PodSettings, WorkerListeners,
     maps::{self, NODE_MAPS, NodeMaps, POD_MAPS, PodMaps},
     pins::{self, Generation},
-    preflight, sys,
+    preflight,
+    sys::{self, CgroupHook},
 };
 
 /// What capture must know of this node process.
@@ -168,11 +171,7 @@ impl Loader {
     fn adopt(&mut self, found: &Generation) -> Result<(Generation, NodeMaps), Error> {
         tracing::info!(pins = %found.dir.display(), "adopting pinned capture");
         let mut object = self.object(&found.dir, None)?;
-        let root = preflight::cgroup_root()?;
-        for (name, link) in CONNECT {
-            let pin = found.dir.join(link);
-            attach_connect(&mut object, name, &root, std::slice::from_ref(&pin), &pin)?;
-        }
+        attach_node(&mut object, std::slice::from_ref(&found.dir), &found.dir)?;
         let adopted = Generation {
             number: found.number,
             abi: found.abi,
@@ -213,12 +212,8 @@ impl Loader {
                 self.replace_pod(&unfinished, &mut maps, old, cookie)?;
             }
         }
-        let root = preflight::cgroup_root()?;
-        for (name, link) in CONNECT {
-            let pins = old.iter().map(|old| old.dir.join(link)).collect::<Vec<_>>();
-            let pin = unfinished.dir.join(link);
-            attach_connect(&mut object, name, &root, &pins, &pin)?;
-        }
+        let old = old.iter().map(|old| old.dir.clone()).collect::<Vec<_>>();
+        attach_node(&mut object, &old, &unfinished.dir)?;
         pins::publish(&unfinished.dir, &next.dir)?;
         tracing::info!(pins = %next.dir.display(), "capture loaded");
         Ok((next, maps))
@@ -275,33 +270,54 @@ fn adoptable(generation: &Generation) -> bool {
     generation.abi == ABI_VERSION && NODE_MAPS.iter().all(|shape| shape.is_at(&generation.dir))
 }
 
-/// Swaps the program into the first living link of `old`, or attaches it anew; either way the link
-/// is pinned at `pin` afterwards.
-fn attach_connect(
-    object: &mut Ebpf,
+/// Puts the node's programs on its links pinned in `old`, or on new ones; all are pinned in `dir`
+/// afterwards. The guard comes first: no socket is ever bound to `lo` without it.
+fn attach_node(object: &mut Ebpf, old: &[PathBuf], dir: &Path) -> Result<(), Error> {
+    let name = program::SETSOCKOPT;
+    let guard: &mut CgroupSockopt = program_of(object, name)?;
+    guard.load().map_err(Error::program(name))?;
+    let fd = guard.fd().map_err(Error::program(name))?;
+    attach_to_root(
+        fd,
+        name,
+        CgroupHook::Setsockopt,
+        old,
+        &dir.join(pins::SETSOCKOPT),
+    )?;
+    for (name, hook, link) in CONNECT {
+        let connect: &mut CgroupSockAddr = program_of(object, name)?;
+        connect.load().map_err(Error::program(name))?;
+        let fd = connect.fd().map_err(Error::program(name))?;
+        attach_to_root(fd, name, hook, old, &dir.join(link))?;
+    }
+    Ok(())
+}
+
+/// Swaps the program into the first living link of `old` with the name of `pin`, or attaches it
+/// anew; either way the link is pinned at `pin` afterwards.
+fn attach_to_root(
+    program: &ProgramFd,
     name: &'static str,
-    root: &Path,
+    hook: CgroupHook,
     old: &[PathBuf],
     pin: &Path,
 ) -> Result<(), Error> {
-    let program: &mut CgroupSockAddr = program_of(object, name)?;
-    program.load().map_err(Error::program(name))?;
-    for old in old {
-        match pins::swap(old, program.fd().map_err(Error::program(name))?) {
+    let link = pin.file_name().unwrap_or_default();
+    for old in old.iter().map(|dir| dir.join(link)) {
+        match pins::swap(&old, program) {
             Ok(Some(_)) if old == pin => return Ok(()),
             Ok(Some(link)) => return sys::object_pin(link, pin).map_err(Error::pin(pin)),
             Ok(None) => {}
             Err(error) => tracing::warn!(%error, "attaching anew beside it"),
         }
     }
-    let root = File::open(root).map_err(Error::pin(root))?;
-    // A link always lets other programs be attached beside it; the kernel refuses the flag.
-    let attached = program
-        .attach(root, CgroupAttachMode::Single)
-        .map_err(Error::program(name))?;
-    let link = program.take_link(attached).map_err(Error::program(name))?;
-    let link = FdLink::try_from(link).map_err(|source| Error::Link { name, source })?;
-    pin_link(link, pin)
+    let root = preflight::cgroup_root()?;
+    let root = File::open(&root).map_err(Error::pin(&root))?;
+    let link = sys::cgroup_link_create(program, root, hook)
+        .map_err(|source| Error::Link { name, source })?;
+    // In the place of a dead one, if there is one.
+    pins::remove_file(pin)?;
+    sys::object_pin(link, pin).map_err(Error::pin(pin))
 }
 
 /// Attaches a loaded `sk_lookup` to a pod and pins the link.
@@ -342,9 +358,9 @@ fn pin_link(link: FdLink, pin: &Path) -> Result<(), Error> {
     })
 }
 
-const CONNECT: [(&str, &str); 2] = [
-    (program::CONNECT4, pins::CONNECT4),
-    (program::CONNECT6, pins::CONNECT6),
+const CONNECT: [(&str, CgroupHook, &str); 2] = [
+    (program::CONNECT4, CgroupHook::Connect4, pins::CONNECT4),
+    (program::CONNECT6, CgroupHook::Connect6, pins::CONNECT6),
 ];
 
 /// What `cargo xtask setup` built.

@@ -3,12 +3,7 @@
 
 use std::{io, path::PathBuf};
 
-use aya::{
-    EbpfError,
-    maps::MapError,
-    pin::PinError,
-    programs::{ProgramError, links::LinkError},
-};
+use aya::{EbpfError, maps::MapError, pin::PinError, programs::ProgramError};
 
 use super::NetnsCookie;
 
@@ -41,7 +36,7 @@ pub enum Error {
     #[error("attach the eBPF program {name}")]
     Link {
         name: &'static str,
-        source: LinkError,
+        source: io::Error,
     },
     #[error("replace the program of {link}")]
     LinkUpdate { link: PathBuf, source: io::Error },

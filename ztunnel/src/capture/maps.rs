@@ -34,7 +34,7 @@ pub struct Count {
 /// Which programs a count is from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CountSource {
-    /// `connect4` and `connect6`, for all pods of this node process.
+    /// `connect4`, `connect6` and `setsockopt`, for all pods of this node process.
     Node,
     /// `sk_lookup` of one pod.
     Pod(NetnsCookie),

@@ -3,7 +3,8 @@
 //! that is not.
 //!
 //! ```text
-//! <pin dir>/abi1-gen7/                 the node: maps by name, links connect4 and connect6
+//! <pin dir>/abi1-gen7/                 the node: maps by name, links connect4, connect6,
+//!                                      setsockopt
 //! <pin dir>/abi1-gen7/pods/<cookie>/   one pod: maps by name, link
 //! <pin dir>/tmp-…, pods/tmp-…          under construction, or left by a crash
 //! ```
@@ -22,6 +23,7 @@ use super::{Error, NetnsCookie, sys};
 
 pub(super) const CONNECT4: &str = "connect4";
 pub(super) const CONNECT6: &str = "connect6";
+pub(super) const SETSOCKOPT: &str = "setsockopt";
 pub(super) const LINK: &str = "link";
 pub(super) const PODS: &str = "pods";
 

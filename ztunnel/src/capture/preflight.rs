@@ -154,8 +154,9 @@ fn missing_features() -> Vec<Error> {
 const KERNEL: &str = "run a kernel from 6.1 on with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and \
                       CONFIG_INET";
 
-const PROGRAMS: [(&str, ProgramType); 2] = [
+const PROGRAMS: [(&str, ProgramType); 3] = [
     ("cgroup/connect programs", ProgramType::CgroupSockAddr),
+    ("cgroup/setsockopt programs", ProgramType::CgroupSockopt),
     ("sk_lookup programs", ProgramType::SkLookup),
 ];
 
@@ -167,7 +168,9 @@ const MAPS: [(&str, MapType); 5] = [
     ("socket maps", MapType::SockMap),
 ];
 
-const HELPERS: [(&str, ProgramType, BpfHelper); 4] = [
+// bpf_setsockopt in cgroup/setsockopt is as old as the others there, but the probe is made as a
+// getsockopt program, which lacks it.
+const HELPERS: [(&str, ProgramType, BpfHelper); 7] = [
     (
         "bpf_get_netns_cookie in cgroup/connect",
         ProgramType::CgroupSockAddr,
@@ -181,6 +184,21 @@ const HELPERS: [(&str, ProgramType, BpfHelper); 4] = [
     (
         "bpf_sk_storage_get in cgroup/connect",
         ProgramType::CgroupSockAddr,
+        BpfHelper::BPF_FUNC_sk_storage_get,
+    ),
+    (
+        "bpf_get_netns_cookie in cgroup/setsockopt",
+        ProgramType::CgroupSockopt,
+        BpfHelper::BPF_FUNC_get_netns_cookie,
+    ),
+    (
+        "bpf_set_retval in cgroup/setsockopt",
+        ProgramType::CgroupSockopt,
+        BpfHelper::BPF_FUNC_set_retval,
+    ),
+    (
+        "bpf_sk_storage_get in cgroup/setsockopt",
+        ProgramType::CgroupSockopt,
         BpfHelper::BPF_FUNC_sk_storage_get,
     ),
     (

@@ -106,6 +106,7 @@ fn wanted(v6: bool) -> Vec<Wanted> {
             "IPv6 route for marked replies",
             Box::new(local().table_id(REPLY_TABLE).build()),
         ));
+        // PROTOCOL.md#v6-main-metric
         // IPv4 takes any destination for local on a socket bound to `lo`; IPv6 wants a route. In the
         // main table and with the worst metric only such a socket finds it; in the local table, where
         // a local route goes by itself, it would take every IPv6 connection (6.18).

@@ -45,6 +45,36 @@ pub(super) fn object_pin(object: impl AsFd, path: &Path) -> io::Result<()> {
     unsafe { bpf(BPF_OBJ_PIN, &attr) }.map(drop)
 }
 
+/// Where the node's programs are attached to a cgroup (`enum bpf_attach_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum CgroupHook {
+    Connect4 = 10,
+    Connect6 = 11,
+    Setsockopt = 22,
+}
+
+/// Attaches a program to a cgroup, beside those of others.
+pub(super) fn cgroup_link_create(
+    program: impl AsFd,
+    cgroup: impl AsFd,
+    hook: CgroupHook,
+) -> io::Result<OwnedFd> {
+    #[expect(clippy::as_conversions, reason = "a fieldless enum of u32")]
+    let attr = LinkCreateAttr {
+        program: program.as_fd().as_raw_fd(),
+        target: cgroup.as_fd().as_raw_fd(),
+        attach_type: hook as u32,
+        flags: 0,
+    };
+    // SAFETY: the attributes hold no pointer.
+    let fd = unsafe { bpf(BPF_LINK_CREATE, &attr) }?;
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+    // JUSTIFICATION: aya keeps the link of a setsockopt program to itself.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Swaps the program of a live link; no packet or connection meets a moment without one.
 pub(super) fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     let attr = LinkUpdateAttr {
@@ -158,6 +188,14 @@ struct ObjectAttr {
 }
 
 #[repr(C)]
+struct LinkCreateAttr {
+    program: RawFd,
+    target: RawFd,
+    attach_type: u32,
+    flags: u32,
+}
+
+#[repr(C)]
 struct LinkUpdateAttr {
     link: RawFd,
     program: RawFd,
@@ -206,6 +244,7 @@ const BPF_MAP_UPDATE_ELEM: c_int = 2;
 const BPF_OBJ_PIN: c_int = 6;
 const BPF_OBJ_GET: c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: c_int = 15;
+const BPF_LINK_CREATE: c_int = 28;
 const BPF_LINK_UPDATE: c_int = 29;
 const BPF_LINK_DETACH: c_int = 34;
 const BPF_LINK_TYPE_NETNS: u32 = 5;
