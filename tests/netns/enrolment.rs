@@ -1,16 +1,18 @@
 //! Pods come and go while the node process runs: by the file, and by their namespaces.
 
-use std::{net::TcpStream, os::unix::fs::symlink};
+use std::{net::TcpStream, os::unix::fs::symlink, time::Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use socket2::{Domain, Socket, Type};
 use ztunnel_tests::{
     apps::{self, Server},
-    inspect::Routing,
+    inspect::{self, Routing},
+    load::Load,
     meshfile::MeshFile,
     process::output,
     topology::{Builder, Topology},
     wait,
+    wire::Sniffer,
     ztunnel::Settings,
 };
 
@@ -146,3 +148,75 @@ fn a_namespace_that_vanishes_under_a_connection_disturbs_nobody_else() -> Result
     })?;
     Ok(())
 }
+
+// Capture goes by namespace: what a pod is called must not decide whether it is closed.
+#[test]
+fn a_pod_that_changes_its_account_under_load_never_speaks_in_plaintext() -> Result<()> {
+    let mesh = Mesh::start(pods(), MeshFile::of)?;
+    let (client, server) = (mesh.pod("client")?, mesh.pod("server")?);
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    assert_echo(&client.netns, server.at(9000))?;
+    let file = MeshFile::of(&mesh.topology).for_node("a");
+    let other = file.replace("serviceAccount: client", "serviceAccount: somebody");
+    ensure!(file != other, "the account is not written as expected");
+    let sniffer = mesh.sniffer()?;
+    let load = Load::start(&client.netns, server.at(9000), CANARY, 4, PATIENCE);
+    for round in 0..8 {
+        let mark = mesh.a.log().mark();
+        mesh.a
+            .replace_file(if round % 2 == 0 { &other } else { &file })?;
+        let applied = |line: &str| line.contains("state applied").then_some(());
+        mesh.a
+            .log()
+            .wait_since(mark, "the new account", PATIENCE, applied)?;
+    }
+    load.wait_answered(Instant::now(), 20, PATIENCE)?;
+    load.finish()?;
+    assert_silent(&sniffer)
+}
+
+// Its processes may live on: `ip netns del` removes a name, not a namespace.
+#[test]
+fn a_pod_whose_namespace_lost_its_path_stays_closed_and_comes_back() -> Result<()> {
+    let topology = pods().build()?;
+    let settings = Settings::of(&topology)?;
+    let place = topology.directory()?.join("client-netns");
+    let real = topology.pod("client")?.netns.path();
+    symlink(&real, &place)?;
+    let file = MeshFile::of(&topology);
+    let linked = |node: &str| {
+        let (real, place) = (real.display().to_string(), place.display().to_string());
+        file.for_node(node).replace(&real, &place)
+    };
+    let mesh = Mesh::run(topology, linked, |_| settings.clone())?;
+    let (client, server) = (mesh.pod("client")?, mesh.pod("server")?);
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    assert_echo(&client.netns, server.at(9000))?;
+    let sniffer = mesh.sniffer()?;
+    let mark = mesh.a.log().mark();
+    let load = Load::start(&client.netns, server.at(9000), CANARY, 2, PATIENCE);
+    std::fs::remove_file(&place)?;
+    let said = |line: &str| line.contains("does not lead").then_some(());
+    mesh.a
+        .log()
+        .wait_since(mark, "the lost path", PATIENCE, said)?;
+    wait::until("connections to wait", PATIENCE, || {
+        (inspect::unanswered_syns(&client.netns, 9000).ok()? > 0).then_some(())
+    })?;
+    assert_silent(&sniffer)?;
+    symlink(&real, &place)?;
+    load.wait_answered(Instant::now(), 10, PATIENCE)
+        .context("after the path is back")?;
+    load.finish()?;
+    assert_silent(&sniffer)
+}
+
+fn assert_silent(sniffer: &Sniffer) -> Result<()> {
+    let seen = sniffer.seen()?;
+    ensure!(seen.count(CANARY)? == 0, "plaintext on the link");
+    let plain: Vec<_> = seen.segments_on(9000).take(3).collect();
+    ensure!(plain.is_empty(), "on the link: {plain:?}");
+    Ok(())
+}
+
+const CANARY: &[u8] = b"kanarienvogel";

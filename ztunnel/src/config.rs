@@ -142,7 +142,7 @@ impl Config {
             network: env.text("NETWORK").into(),
             node: env.text("NODE_NAME").into(),
             workers: workers(&env, cores)?,
-            secret_ttl: env.duration("SECRET_TTL", Duration::from_hours(24))?,
+            secret_ttl: secret_ttl(&env)?,
             original_source: flag("ENABLE_ORIG_SRC", true)?,
             response_baggage: flag("ENABLE_RESPONSE_BAGGAGE", true)?,
             policy_info_logging: flag("AUTHZ_POLICY_INFO_LOGGING", false)?,
@@ -231,13 +231,17 @@ impl Env {
         let Some(value) = self.get(name) else {
             return Ok(default);
         };
-        humantime::parse_duration(value).map_err(|e| {
-            refused(
-                name,
-                value,
-                format!("not a duration such as 90s or 5m: {e}"),
-            )
-        })
+        let duration = match humantime::parse_duration(value) {
+            Ok(duration) => duration,
+            Err(e) => {
+                let why = format!("not a duration such as 90s or 5m: {e}");
+                return Err(refused(name, value, why));
+            }
+        };
+        if duration > LONGEST {
+            return Err(refused(name, value, "longer than ten years".into()));
+        }
+        Ok(duration)
     }
 
     fn at_least_one<T>(&self, name: &'static str, default: T) -> Result<T, Error>
@@ -276,6 +280,17 @@ fn refused(name: &'static str, value: &str, why: String) -> Error {
         value: value.to_owned(),
         why,
     }
+}
+
+/// The lifetime of a workload certificate: long enough to be used before it is renewed.
+fn secret_ttl(env: &Env) -> Result<Duration, Error> {
+    let name = "SECRET_TTL";
+    let ttl = env.duration(name, Duration::from_hours(24))?;
+    if ttl < SHORTEST_TTL {
+        let why = "a certificate must live for at least a minute";
+        return Err(refused(name, env.text(name), why.into()));
+    }
+    Ok(ttl)
 }
 
 fn source(env: &Env) -> Result<Source, Error> {
@@ -384,6 +399,12 @@ const BPF_PIN_DIR: &str = "/sys/fs/bpf/ztunnel";
 /// The most data-plane threads; the kernel side has as many listener slots a pod.
 pub(crate) const MAX_WORKERS: usize = 64;
 
+/// No setting is meant to outlive the machine, and clocks end somewhere.
+const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
+
+/// The shortest life of a certificate.
+const SHORTEST_TTL: Duration = Duration::from_mins(1);
+
 /// What HTTP/2 allows for a window that must hold at least one default frame.
 const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 
@@ -488,6 +509,9 @@ mod tests {
     fn a_value_that_does_not_parse_names_its_variable() {
         for (name, value) in [
             ("SECRET_TTL", "soon"),
+            ("SECRET_TTL", "0s"),
+            ("SECRET_TTL", "500000000000y"),
+            ("POOL_UNUSED_RELEASE_TIMEOUT", "11y"),
             ("KEEPALIVE_TIME", "3 parsecs"),
             ("CONNECTION_TERMINATION_DEADLINE", "x"),
             ("ENABLE_ORIG_SRC", "maybe"),

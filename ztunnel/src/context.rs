@@ -121,7 +121,10 @@ impl Context {
 
     /// A permit for a connection into this pod. Waits a moment for a policy that the workload
     /// names and that is not here yet, then refuses. Cancel safe.
-    pub async fn admit(&self, workload: &Arc<Workload>, flow: Flow) -> Result<Permit, Denied> {
+    ///
+    /// # Errors
+    /// The refusal, or that the workload is gone.
+    pub async fn admit(&self, workload: &Arc<Workload>, flow: Flow) -> Result<Permit, NotAdmitted> {
         let deadline = Instant::now() + POLICY_WAIT;
         let held = |world: &World| {
             let workload = world.snapshot.workload(&workload.uid).unwrap_or(workload);
@@ -130,7 +133,9 @@ impl Context {
         // Whether it came or not, the judgement below is made on the newest world.
         let _: Option<()> = self.view.wait_for(deadline, held).await;
         let world = self.view.world();
-        let workload = world.snapshot.workload(&workload.uid).unwrap_or(workload);
+        // Gone meanwhile: nothing would ever judge this connection again.
+        let workload = world.snapshot.workload(&workload.uid);
+        let workload = workload.ok_or(NotAdmitted::UnknownWorkload)?;
         let source = flow.source;
         let judged = self.live.admit(&world.policies, workload, flow);
         match &judged {
@@ -143,7 +148,7 @@ impl Context {
                 self.log_judgement(format_args!("{source} refused: {denied}"), denied.dry_run());
             }
         }
-        judged
+        Ok(judged?)
     }
 
     /// Says what policy decided, and what the policies on trial would have.
@@ -177,8 +182,15 @@ impl Context {
     ///
     /// # Errors
     /// No socket, no answer in time, or a refusal.
-    pub async fn dial_app(&self, client: IpAddr, app: AppAddr) -> Result<TcpStream, DialError> {
-        let client = self.settings.original_source.then_some(client);
+    pub async fn dial_app(
+        &self,
+        client: IpAddr,
+        app: AppAddr,
+        local: &Workload,
+    ) -> Result<TcpStream, DialError> {
+        // A pod that calls itself would meet its own connection.
+        let foreign = !local.ips.contains(&client);
+        let client = (self.settings.original_source && foreign).then_some(client);
         self.in_time(app.addr(), self.dial.app(client, app)).await
     }
 
@@ -216,7 +228,15 @@ impl PodDial {
 
     async fn upstream(&self, upstream: UpstreamAddr) -> Result<TcpStream, DialError> {
         let socket = self.dialer.upstream_socket(upstream.ip());
-        self.connect(socket, upstream.addr()).await
+        let stream = self.connect(socket, upstream.addr()).await?;
+        // A pod without a way to that address, whose routes lead it back to itself.
+        let local = stream.local_addr();
+        if local.is_ok_and(|local| local.ip().to_canonical().is_loopback()) {
+            let to = upstream.addr();
+            let source = io::ErrorKind::NetworkUnreachable.into();
+            return Err(DialError::Refused { to, source });
+        }
+        Ok(stream)
     }
 
     async fn app(&self, client: Option<IpAddr>, app: AppAddr) -> Result<TcpStream, DialError> {
@@ -253,6 +273,59 @@ impl Dial for PodDial {
             DialError::Refused { source, .. } | DialError::Socket { source, .. } => source,
             DialError::TimedOut { .. } => io::ErrorKind::TimedOut.into(),
         })
+    }
+}
+
+/// A connection of an application that is reset if it is dropped before it is relayed: a clean end
+/// would read as an answer.
+#[derive(Debug)]
+pub struct Unserved(Option<TcpStream>);
+
+impl Unserved {
+    /// Takes a connection that nobody serves yet.
+    #[must_use]
+    pub const fn new(stream: TcpStream) -> Self {
+        Self(Some(stream))
+    }
+
+    /// The connection, to be relayed.
+    #[must_use]
+    #[expect(
+        clippy::expect_used,
+        reason = "only this method takes it out, and it consumes the holder"
+    )]
+    pub fn serve(mut self) -> TcpStream {
+        self.0.take().expect("the connection is still here")
+    }
+}
+
+impl Drop for Unserved {
+    fn drop(&mut self) {
+        if let Some(stream) = self.0.take()
+            && let Err(error) = stream.set_zero_linger()
+        {
+            debug!(%error, "a refused connection is closed, not reset");
+        }
+    }
+}
+
+/// Why a connection into the pod has no permit.
+#[derive(Debug, Error)]
+pub enum NotAdmitted {
+    /// Policy.
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    /// The workload is gone from the mesh.
+    #[error("the mesh does not know this pod any more")]
+    UnknownWorkload,
+}
+
+impl ToReason for NotAdmitted {
+    fn to_reason(&self) -> Reason {
+        match self {
+            Self::Denied(e) => e.to_reason(),
+            Self::UnknownWorkload => Reason::UnknownWorkload,
+        }
     }
 }
 

@@ -10,9 +10,9 @@ use tokio::net::TcpStream;
 use tokio::task::spawn_local;
 
 use crate::account::{Learned, Ledger, Opening};
-use crate::authz::{Denied, Permit};
+use crate::authz::Permit;
 use crate::capture::Captured;
-use crate::context::{Context, DialError};
+use crate::context::{Context, DialError, NotAdmitted};
 use crate::model::{
     ClientAddr, Direction, Flow, OrigDst, Reason, SecurityPolicy, SpiffeId, ToReason, UpstreamAddr,
     Workload,
@@ -180,7 +180,8 @@ async fn prepare(
         security: SecurityPolicy::MutualTls,
     });
     let permit = admitted?;
-    let app = cx.dial_app(peer.client.ip(), delivery.app).await?;
+    let app = cx.dial_app(peer.client.ip(), delivery.app, &local);
+    let app = app.await?;
     Ok((permit, app, local))
 }
 
@@ -195,7 +196,7 @@ fn asked(authority: &Authority) -> Asked {
 #[derive(Debug, Error)]
 enum Failure {
     #[error(transparent)]
-    Denied(#[from] Denied),
+    NotAdmitted(#[from] NotAdmitted),
     #[error(transparent)]
     Dial(#[from] DialError),
     #[error("the pod leaves the mesh, or the process ends")]
@@ -217,7 +218,7 @@ enum Failure {
 impl ToReason for Failure {
     fn to_reason(&self) -> Reason {
         match self {
-            Self::Denied(e) => e.to_reason(),
+            Self::NotAdmitted(e) => e.to_reason(),
             Self::Dial(e) => e.to_reason(),
             Self::Forced(reason) => *reason,
             Self::Identity(e) => e.to_reason(),

@@ -1,6 +1,7 @@
 //! The walk out of a pod: captured → route → permit → stream → relay. Takes a captured connection,
 //! gives one ending; never lets a byte out before there is a permit.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -8,7 +9,7 @@ use thiserror::Error;
 use crate::account::{Learned, Ledger, Opening};
 use crate::authz::Permit;
 use crate::capture::Captured;
-use crate::context::{Context, DialError};
+use crate::context::{Context, DialError, Unserved};
 use crate::model::{ClientAddr, Direction, Reason, SecurityPolicy, SpiffeId, ToReason, Workload};
 use crate::resolve::{self, Hop, Query, Route};
 use crate::tunnel::{self, Opened, Target};
@@ -44,12 +45,19 @@ async fn walk(
     ledger: &Ledger,
     trace: Traceparent,
 ) -> Result<(), Failure> {
-    let asked = conn.original;
+    cx.tune(&conn.stream);
+    let Captured {
+        stream,
+        client,
+        original: asked,
+        ..
+    } = conn;
+    let stream = Unserved::new(stream);
     // Capture brings neither: such a connection was made to our listener, and would come back.
-    if asked.ip().is_loopback() || asked.ip().is_unspecified() {
+    let ours = |ip: IpAddr| ip.is_loopback() || ip.is_unspecified();
+    if ours(asked.ip()) || ours(client.ip()) {
         return Err(Failure::SelfCall);
     }
-    cx.tune(&conn.stream);
     let source = cx.workload().await.ok_or(Failure::UnknownWorkload)?;
     if source.ips.contains(&asked.ip()) {
         return Err(Failure::SelfCall);
@@ -74,9 +82,10 @@ async fn walk(
             expected,
         } => {
             let authority = Authority::ip(authority);
-            way.tunnelled(conn, &authority, expected, trace).await
+            let opened = way.open(client, &authority, expected, trace).await;
+            way.tunnelled(stream, opened, &authority).await
         }
-        Hop::Plain => way.plain(conn).await,
+        Hop::Plain => way.plain(stream).await,
     }
 }
 
@@ -91,18 +100,16 @@ struct Way<'a> {
 impl Way<'_> {
     async fn tunnelled(
         self,
-        conn: Captured,
+        stream: Unserved,
+        opened: Result<(Permit, Opened), Failure>,
         authority: &Authority,
-        expected: Vec<SpiffeId>,
-        trace: Traceparent,
     ) -> Result<(), Failure> {
-        let hbone_addr = Some(authority.to_string());
-        let opened = self.open(conn.client, authority, expected, trace).await;
         let peer = opened.as_ref().ok().map(|(_, opened)| opened.peer.clone());
-        self.learn(SecurityPolicy::MutualTls, peer, hbone_addr);
+        self.learn(SecurityPolicy::MutualTls, peer, Some(authority.to_string()));
         let (permit, opened) = opened?;
         let mut drain = self.cx.drain.clone();
-        tunnel::relay(conn.stream, opened.stream, &permit, self.ledger, &mut drain).await?;
+        let stream = stream.serve();
+        tunnel::relay(stream, opened.stream, &permit, self.ledger, &mut drain).await?;
         Ok(())
     }
 
@@ -135,14 +142,14 @@ impl Way<'_> {
         Ok((permit, opened))
     }
 
-    async fn plain(self, conn: Captured) -> Result<(), Failure> {
+    async fn plain(self, stream: Unserved) -> Result<(), Failure> {
+        let identity = self.source.identity.clone().ok_or(Failure::NoIdentity)?;
+        let permit = self.cx.live.outbound(identity);
         let dialled = self.cx.dial_upstream(self.route.upstream).await;
         self.learn(SecurityPolicy::Unknown, None, None);
         let upstream = dialled?;
-        let identity = self.source.identity.clone().ok_or(Failure::NoIdentity)?;
-        let permit = self.cx.live.outbound(identity);
         let mut drain = self.cx.drain.clone();
-        tunnel::relay(conn.stream, upstream, &permit, self.ledger, &mut drain).await?;
+        tunnel::relay(stream.serve(), upstream, &permit, self.ledger, &mut drain).await?;
         Ok(())
     }
 

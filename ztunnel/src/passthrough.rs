@@ -6,11 +6,11 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::account::{Learned, Ledger, Opening};
-use crate::authz::Denied;
 use crate::capture::Captured;
-use crate::context::{Context, DialError};
+use crate::context::{Context, DialError, NotAdmitted, Unserved};
 use crate::model::{
-    AppAddr, Direction, Flow, Reason, SecurityPolicy, ToReason, UpstreamAddr, Workload,
+    AppAddr, ClientAddr, Direction, Flow, OrigDst, Reason, SecurityPolicy, ToReason, UpstreamAddr,
+    Workload,
 };
 use crate::resolve::OWN_PORTS;
 use crate::tunnel;
@@ -38,33 +38,45 @@ pub async fn serve(conn: Captured, cx: &Context) {
 }
 
 async fn walk(conn: Captured, cx: &Context, ledger: &Ledger) -> Result<(), Failure> {
-    let port = conn.original.port();
+    cx.tune(&conn.stream);
+    let Captured {
+        stream,
+        client,
+        original,
+        listener,
+    } = conn;
+    let stream = Unserved::new(stream);
+    let port = original.port();
     // The listener has another port than usual where the application holds that one.
-    if OWN_PORTS.contains(&port) || port == conn.listener.port() {
+    if OWN_PORTS.contains(&port) || port == listener.port() {
         return Err(Failure::OwnPort(port));
     }
-    cx.tune(&conn.stream);
     let local = cx.workload().await.ok_or(Failure::UnknownWorkload)?;
     let flow = Flow {
-        source: conn.client,
+        source: client,
         source_identity: None,
-        destination: conn.original,
+        destination: original,
     };
     let admitted = cx.admit(&local, flow).await;
-    learn(&conn, cx, ledger, &local);
+    learn(cx, ledger, &local, (client, original));
     let permit = admitted?;
-    let app = AppAddr::new(conn.original.addr());
-    let app = cx.dial_app(conn.client.ip(), app).await?;
+    let app = AppAddr::new(original.addr());
+    let app = cx.dial_app(client.ip(), app, &local).await?;
     let mut drain = cx.drain.clone();
-    tunnel::relay(conn.stream, app, &permit, ledger, &mut drain).await?;
+    tunnel::relay(stream.serve(), app, &permit, ledger, &mut drain).await?;
     Ok(())
 }
 
-fn learn(conn: &Captured, cx: &Context, ledger: &Ledger, local: &Arc<Workload>) {
+fn learn(
+    cx: &Context,
+    ledger: &Ledger,
+    local: &Arc<Workload>,
+    (client, original): (ClientAddr, OrigDst),
+) {
     let world = cx.view.world();
     let source = world
         .snapshot
-        .workload_at(&local.network, conn.client.ip())
+        .workload_at(&local.network, client.ip())
         .map(Arc::clone);
     ledger.learn(Learned {
         source,
@@ -72,7 +84,7 @@ fn learn(conn: &Captured, cx: &Context, ledger: &Ledger, local: &Arc<Workload>) 
         destination: Some(Arc::clone(local)),
         destination_identity: None,
         service: None,
-        dst_addr: UpstreamAddr::new(conn.original.addr()),
+        dst_addr: UpstreamAddr::new(original.addr()),
         hbone_addr: None,
         security: SecurityPolicy::Unknown,
     });
@@ -82,7 +94,7 @@ fn learn(conn: &Captured, cx: &Context, ledger: &Ledger, local: &Arc<Workload>) 
 #[derive(Debug, Error)]
 enum Failure {
     #[error(transparent)]
-    Denied(#[from] Denied),
+    NotAdmitted(#[from] NotAdmitted),
     #[error(transparent)]
     Dial(#[from] DialError),
     #[error("the pod leaves the mesh, or the process ends")]
@@ -98,7 +110,7 @@ enum Failure {
 impl ToReason for Failure {
     fn to_reason(&self) -> Reason {
         match self {
-            Self::Denied(e) => e.to_reason(),
+            Self::NotAdmitted(e) => e.to_reason(),
             Self::Dial(e) => e.to_reason(),
             Self::Forced(reason) => *reason,
             Self::OwnPort(_) => Reason::ForbiddenPort,

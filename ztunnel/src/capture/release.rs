@@ -21,6 +21,12 @@ pub struct Released {
 }
 
 impl Capture {
+    /// Lets go of a pod's namespace and nothing else: the pod stays captured, and so closed, until
+    /// its namespace is dead and [`collect`](Self::collect) finds it.
+    pub fn abandon(&self, cookie: NetnsCookie) {
+        self.node.lock().netns.remove(&cookie);
+    }
+
     /// Undoes the capture of one pod: its new connections go out directly. Connections whose socket
     /// is bound to `lo` already stay so. A pod that is not enrolled is released already.
     ///

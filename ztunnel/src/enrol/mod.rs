@@ -2,8 +2,9 @@
 //! pods that are captured from now on, and pods that are not any more. A pod whose namespace is
 //! missing is reported and tried again; never lets one pod's trouble touch another.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -63,10 +64,13 @@ struct Enrolled {
     capture: PodCapture,
 }
 
+/// The wanted pods whose namespace was found, by namespace.
+type Found<'w> = BTreeMap<NetnsCookie, (&'w Wanted, Arc<Netns>)>;
+
 /// The pods of this node, as they are and as they should be.
 pub struct Enrolment {
     capture: Capture,
-    enrolled: BTreeMap<PodRef, Enrolled>,
+    enrolled: BTreeMap<NetnsCookie, Enrolled>,
     troubled: BTreeMap<PodRef, String>,
     next_id: u64,
     settled: bool,
@@ -96,22 +100,67 @@ impl Enrolment {
 
     /// Brings the pods to what is wanted and gives the difference. Call it when something changed
     /// and, because namespaces vanish without a word, from time to time.
+    ///
+    /// Capture goes by namespace, so a pod that only changed its name or account stays captured
+    /// all the while; and a pod whose path leads nowhere any more stays captured until its
+    /// namespace is dead, because its processes may live on.
     pub fn reconcile(&mut self, wanted: &[Wanted]) -> Vec<Change> {
         let mut changes = Vec::new();
-        self.remove_unwanted(wanted, &mut changes);
-        for pod in wanted {
-            match self.keep_or_enrol(pod) {
+        let (found, lost) = self.find(wanted);
+        self.leave(wanted, &found, &mut changes);
+        for (cookie, (wanted, netns)) in &found {
+            match self.keep_or_enrol(*cookie, wanted, netns) {
                 Ok(Some(change)) => changes.push(change),
                 Ok(None) => {}
-                Err(trouble) => self.report(&pod.pod, &trouble),
+                Err(trouble) => self.report(&wanted.pod, &trouble),
             }
         }
-        if !self.settled {
-            self.settled = true;
-            self.release_forgotten();
+        self.troubled
+            .retain(|pod, _| wanted.iter().any(|w| w.pod == *pod));
+        // Pins that an earlier process left may be those of a pod that is not found now.
+        if !self.settled && lost == 0 {
+            self.settled = self.release_forgotten(&found);
         }
         self.collect();
         changes
+    }
+
+    /// The namespaces of the wanted pods, and how many were not found.
+    fn find<'w>(&mut self, wanted: &'w [Wanted]) -> (Found<'w>, usize) {
+        let held: HashMap<&Path, Arc<Netns>> = self
+            .enrolled
+            .values()
+            .filter(|held| held.netns.still_at(&held.wanted.netns))
+            .map(|held| (&*held.wanted.netns, Arc::clone(&held.netns)))
+            .collect();
+        let mut found = Found::new();
+        let mut troubles = Vec::new();
+        for pod in wanted {
+            let netns = match held.get(&*pod.netns) {
+                Some(netns) => Arc::clone(netns),
+                None => match Netns::open(&pod.netns) {
+                    Ok(netns) => Arc::new(netns),
+                    Err(error) => {
+                        troubles.push((pod, Trouble::from(error)));
+                        continue;
+                    }
+                },
+            };
+            match found.entry(netns.cookie()) {
+                Entry::Vacant(free) => {
+                    free.insert((pod, netns));
+                }
+                Entry::Occupied(taken) => {
+                    let other = taken.get().0.pod.clone();
+                    troubles.push((pod, Trouble::SharedNetns(other)));
+                }
+            }
+        }
+        drop(held);
+        for (pod, trouble) in &troubles {
+            self.report(&pod.pod, trouble);
+        }
+        (found, troubles.len())
     }
 
     /// How many pods are captured.
@@ -132,79 +181,77 @@ impl Enrolment {
         &self.capture
     }
 
-    /// Ends what is not wanted any more: pods not listed, and pods whose namespace is another now.
-    fn remove_unwanted(&mut self, wanted: &[Wanted], changes: &mut Vec<Change>) {
-        let gone: Vec<(PodRef, bool)> = self
+    /// Ends what is not wanted any more. Only a pod that is not listed is released.
+    fn leave(&mut self, wanted: &[Wanted], found: &Found<'_>, changes: &mut Vec<Change>) {
+        let gone: Vec<NetnsCookie> = self
             .enrolled
-            .values()
-            .filter_map(|held| {
-                let listed = wanted.iter().find(|w| w.pod == held.wanted.pod);
-                let vanished = !held.netns.still_at(&held.wanted.netns);
-                let stays = listed.is_some_and(|w| w.netns == held.wanted.netns) && !vanished;
-                (!stays).then(|| (held.wanted.pod.clone(), vanished))
+            .iter()
+            .filter(|(cookie, held)| {
+                let now = found.get(cookie).map(|(now, _)| &now.pod);
+                now != Some(&held.wanted.pod)
             })
+            .map(|(cookie, _)| *cookie)
             .collect();
-        for (pod, vanished) in gone {
-            let Some(held) = self.enrolled.remove(&pod) else {
+        for cookie in gone {
+            let Some(held) = self.enrolled.remove(&cookie) else {
                 continue;
             };
             changes.push(Change::Down(held.id));
+            let pod = &held.wanted.pod;
             let netns = held.wanted.netns.display();
-            if vanished {
-                warn!(%pod, %netns, "pod's network namespace is gone; its capture is removed");
+            if let Some((now, _)) = found.get(&cookie) {
+                info!(%pod, %netns, now = %now.pod, "the namespace belongs to another pod now");
+            } else if wanted.iter().any(|w| w.pod == *pod) {
+                warn!(
+                    %pod, %netns,
+                    "the path does not lead to the pod's namespace any more; its processes, if any \
+                     live, stay captured, and so closed"
+                );
+                self.capture.abandon(cookie);
             } else {
                 info!(%pod, %netns, "pod leaves the mesh");
-            }
-            if let Err(error) = self.capture.release(held.netns.cookie()) {
-                warn!(%pod, %error, "capture not removed completely");
+                if let Err(error) = self.capture.release(cookie) {
+                    warn!(%pod, %error, "capture not removed completely");
+                }
             }
         }
-        self.troubled
-            .retain(|pod, _| wanted.iter().any(|w| w.pod == *pod));
     }
 
-    fn keep_or_enrol(&mut self, wanted: &Wanted) -> Result<Option<Change>, Trouble> {
-        if let Some(held) = self.enrolled.get_mut(&wanted.pod) {
+    fn keep_or_enrol(
+        &mut self,
+        cookie: NetnsCookie,
+        wanted: &Wanted,
+        netns: &Arc<Netns>,
+    ) -> Result<Option<Change>, Trouble> {
+        if let Some(held) = self.enrolled.get_mut(&cookie) {
             if held.wanted.settings != wanted.settings {
                 held.capture.update(&wanted.settings)?;
-                held.wanted.settings = wanted.settings.clone();
+            }
+            if held.wanted != *wanted {
+                held.wanted = wanted.clone();
             }
             return Ok(None);
         }
-        let netns = Arc::new(Netns::open(&wanted.netns)?);
-        let cookie = netns.cookie();
-        if let Some(other) = self.holder_of(cookie) {
-            return Err(Trouble::SharedNetns(other));
-        }
-        let (capture, listeners) = self.capture.enrol(&netns, &wanted.settings)?;
+        let (capture, listeners) = self.capture.enrol(netns, &wanted.settings)?;
         self.next_id += 1;
         let id = PodId(self.next_id);
         let dialer = capture.dialer(&wanted.settings);
         let pod = wanted.pod.clone();
         self.troubled.remove(&pod);
         info!(%pod, netns = %wanted.netns.display(), cookie = cookie.0, "pod enrolled");
-        self.enrolled.insert(
-            pod.clone(),
-            Enrolled {
-                id,
-                wanted: wanted.clone(),
-                netns,
-                capture,
-            },
-        );
+        let held = Enrolled {
+            id,
+            wanted: wanted.clone(),
+            netns: Arc::clone(netns),
+            capture,
+        };
+        self.enrolled.insert(cookie, held);
         Ok(Some(Change::Up {
             id,
             pod,
             listeners,
             dialer,
         }))
-    }
-
-    fn holder_of(&self, cookie: NetnsCookie) -> Option<PodRef> {
-        self.enrolled
-            .values()
-            .find(|held| held.netns.cookie() == cookie)
-            .map(|held| held.wanted.pod.clone())
     }
 
     /// Says a trouble once, and again only when it changes.
@@ -216,30 +263,28 @@ impl Enrolment {
         }
     }
 
-    /// Releases pods that an earlier process enrolled and nobody wants now. A pod that is wanted
-    /// and in trouble keeps its old capture: it stays closed.
-    fn release_forgotten(&self) {
-        if !self.troubled.is_empty() {
-            return;
-        }
+    /// Releases pods that an earlier process enrolled and nobody wants now. False: try again.
+    fn release_forgotten(&self, found: &Found<'_>) -> bool {
         let pinned = match self.capture.enrolled() {
             Ok(pinned) => pinned,
             Err(error) => {
                 warn!(%error, "pins of an earlier process not read");
-                return;
+                return false;
             }
         };
-        for cookie in pinned {
-            if self.holder_of(cookie).is_none() {
-                info!(
-                    cookie = cookie.0,
-                    "releasing a pod that is not listed any more"
-                );
-                if let Err(error) = self.capture.release(cookie) {
-                    warn!(cookie = cookie.0, %error, "capture not removed completely");
-                }
+        for cookie in pinned
+            .into_iter()
+            .filter(|cookie| !found.contains_key(cookie))
+        {
+            info!(
+                cookie = cookie.0,
+                "releasing a pod that is not listed any more"
+            );
+            if let Err(error) = self.capture.release(cookie) {
+                warn!(cookie = cookie.0, %error, "capture not removed completely");
             }
         }
+        true
     }
 
     fn collect(&self) {
