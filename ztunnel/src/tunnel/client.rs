@@ -5,6 +5,7 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 use std::{io, net::Ipv4Addr};
 
 use bytes::Bytes;
@@ -12,7 +13,7 @@ use h2::client::Connection;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -162,21 +163,29 @@ async fn exchange<T: AsyncRead + AsyncWrite + Unpin>(
     connection.await.map_err(ended)
 }
 
-/// Waits until the tunnel has carried nothing for long enough.
+/// Waits until the tunnel has carried nothing for long enough, or carries nothing in a drain.
+/// Connections that were accepted before the drain still open their streams: a place that somebody
+/// holds, even if only to wait, keeps the tunnel.
 async fn release(tunnel: &Rc<Tunnel>, params: &Params, drain: &mut drain::Signal) {
     let idle = async {
         loop {
-            match tunnel.idle_since() {
-                Some(since) if since + params.idle_timeout <= Instant::now() => return,
-                Some(since) => sleep_until(since + params.idle_timeout).await,
-                // Whoever gives back the last place starts the time anew.
-                None => sleep(params.idle_timeout).await,
+            let Some(since) = tunnel.idle_since() else {
+                tunnel.unused().await;
+                continue;
+            };
+            match params.idle_timeout.checked_sub(since.elapsed()) {
+                None | Some(Duration::ZERO) => return,
+                Some(left) => sleep(left).await,
             }
         }
     };
+    let drained = async {
+        drain.graceful().await;
+        tunnel.unused().await;
+    };
     tokio::select! {
         () = idle => {}
-        () = drain.graceful() => {}
+        () = drained => {}
     }
 }
 

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 use http::{Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout};
 
 use super::client;
@@ -74,7 +74,8 @@ pub struct Pool<D: Dial> {
 }
 
 impl<D: Dial> Pool<D> {
-    /// An empty pool. `drain` ends its tunnels: idle ones at its first order, all at its second.
+    /// An empty pool. `drain` ends its tunnels: at its first order each once nobody uses it, all at
+    /// its second.
     #[must_use]
     pub fn new(
         params: Rc<Params>,
@@ -244,6 +245,8 @@ pub(super) struct Tunnel {
     used: Cell<usize>,
     /// When the last place was given back.
     idle_since: Cell<Instant>,
+    /// The last place was given back.
+    idle: Notify,
     /// Somebody went before the peer's SETTINGS came.
     early: Cell<bool>,
     open: RefCell<Option<Open>>,
@@ -274,6 +277,7 @@ impl Tunnel {
             phase: watch::Sender::new(Phase::Connecting),
             used: Cell::new(0),
             idle_since: Cell::new(Instant::now()),
+            idle: Notify::new(),
             early: Cell::new(false),
             open: RefCell::new(None),
         }
@@ -296,6 +300,13 @@ impl Tunnel {
     /// When nobody used it last, or `None` while somebody does.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         (self.used.get() == 0).then(|| self.idle_since.get())
+    }
+
+    /// Waits until nobody uses it and nobody waits for it.
+    pub(super) async fn unused(&self) {
+        while self.used.get() > 0 {
+            self.idle.notified().await;
+        }
     }
 
     fn is_usable(&self) -> bool {
@@ -395,6 +406,7 @@ impl Drop for Slot {
         self.0.used.set(used);
         if used == 0 {
             self.0.idle_since.set(Instant::now());
+            self.0.idle.notify_waiters();
         }
     }
 }

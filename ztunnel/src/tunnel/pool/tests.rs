@@ -483,6 +483,59 @@ async fn the_drain_releases_idle_tunnels_and_its_force_ends_all() {
     .await;
 }
 
+/// Connections that were accepted before a drain have not all opened their streams when it begins.
+#[tokio::test(start_paused = true)]
+async fn a_graceful_drain_lets_those_who_wait_open_their_streams() {
+    worker(async {
+        let mut bench = bench(cap(5));
+        let waiting: Vec<_> = (0..12)
+            .map(|_| {
+                let pool = Rc::clone(&bench.pool);
+                tokio::task::spawn_local(async move {
+                    pool.open(&permit(), &target(), connect_request()).await
+                })
+            })
+            .collect();
+        until(|| bench.dials.get() == 3).await;
+        bench.drain.graceful();
+        let seen = bench.echo_peers(plain, 200);
+        let mut kept = Vec::new();
+        for opened in waiting {
+            kept.push(opened.await.unwrap().unwrap());
+        }
+        // On a tunnel that is there, and on new ones.
+        kept.push(open(&bench).await.unwrap());
+        let late = burst(&bench, 4).await;
+        kept.extend(late.into_iter().map(Result::unwrap));
+        for opened in &kept {
+            echoes(opened, b"kept").await.unwrap();
+        }
+        assert_eq!(bench.dials.get(), 4);
+        drop(kept);
+        until(|| seen.closed.get() == 4).await;
+        // With the peers gone idle, even the last of them is served.
+        let last = open(&bench).await.unwrap();
+        echoes(&last, b"last").await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_endless_idle_time_keeps_the_tunnel() {
+    worker(async {
+        let mut bench = bench(Params {
+            idle_timeout: Duration::MAX,
+            ..Params::default()
+        });
+        let seen = bench.echo_peers(plain, 200);
+        drop(open(&bench).await.unwrap());
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        drop(open(&bench).await.unwrap());
+        assert_eq!((bench.dials.get(), seen.closed.get()), (1, 0));
+    })
+    .await;
+}
+
 /// A peer that speaks frames: TLS, our preface and SETTINGS are behind it.
 async fn raw_peer(
     bench: &mut Bench,
