@@ -19,11 +19,14 @@ use x509_parser::prelude::FromDer as _;
 
 use crate::model::{SpiffeId, TrustDomain};
 
-/// The identity of a verified peer: the first SPIFFE URI among its leaf's names.
+/// The identity of a verified client: the first SPIFFE URI of `trust_domain` among its leaf's names.
+/// Verification asks here too, so that nobody is let in for one name and judged by another.
 // PROTOCOL.md#peer-identity
 #[must_use]
-pub fn peer_identity(chain: &[CertificateDer<'_>]) -> Option<SpiffeId> {
-    peer_identities(chain).into_iter().next()
+pub fn peer_identity(chain: &[CertificateDer<'_>], trust_domain: &TrustDomain) -> Option<SpiffeId> {
+    peer_identities(chain)
+        .into_iter()
+        .find(|id| id.trust_domain() == trust_domain)
 }
 
 /// Every SPIFFE URI among the names of the leaf, in its order.
@@ -179,14 +182,9 @@ impl ClientCertVerifier for ClientVerifier {
         let verified = self
             .chain
             .verify_client_cert(end_entity, intermediates, now)?;
-        let proven = peer_identities(std::slice::from_ref(end_entity));
-        if proven
-            .iter()
-            .any(|id| id.trust_domain() == &self.trust_domain)
-        {
-            Ok(verified)
-        } else {
-            Err(CertificateError::NotValidForName.into())
+        match peer_identity(std::slice::from_ref(end_entity), &self.trust_domain) {
+            Some(_) => Ok(verified),
+            None => Err(CertificateError::NotValidForName.into()),
         }
     }
 

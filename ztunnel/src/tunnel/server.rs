@@ -53,7 +53,7 @@ pub async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
     };
     let io = io.map_err(|e| Error::Tls(Arc::new(e)))?;
     let chain = io.get_ref().1.peer_certificates().unwrap_or_default();
-    let Some(peer) = peer_identity(chain) else {
+    let Some(peer) = peer_identity(chain, credentials.id().trust_domain()) else {
         // Verification has seen one; whoever changes that finds the door closed.
         return Err(Error::Tls(Arc::new(io::ErrorKind::PermissionDenied.into())));
     };

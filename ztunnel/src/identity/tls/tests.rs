@@ -46,7 +46,8 @@ async fn shake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Shaken {
     };
     let server = async move {
         let mut tls = TlsAcceptor::from(server).accept(far).await?;
-        let peer = tls.get_ref().1.peer_certificates().and_then(peer_identity);
+        let chain = tls.get_ref().1.peer_certificates();
+        let peer = chain.and_then(|chain| peer_identity(chain, ids(&[BANK])[0].trust_domain()));
         tokio::io::AsyncWriteExt::write_all(&mut tls, b"!").await?;
         tokio::io::AsyncWriteExt::flush(&mut tls).await?;
         Ok(peer)
@@ -200,6 +201,24 @@ async fn a_client_from_another_trust_domain_is_refused() {
         let shaken = shake(cart.client_config(&ids(&[BANK])), bank.server_config()).await;
         assert_eq!(shaken.server.is_ok(), good, "{uris:?}");
         assert_eq!(shaken.client.is_ok(), good, "{uris:?}");
+    }
+}
+
+/// Whoever signs for several domains must not let a client in as one name and act as another.
+#[tokio::test]
+async fn a_client_is_known_by_its_name_in_our_trust_domain() {
+    const FOREIGN: &str = "spiffe://elsewhere/ns/shop/sa/cart";
+    let authority = Authority::new();
+    let bank = authority.credentials(&[BANK]);
+    for (uris, known) in [
+        (vec![FOREIGN, CART], Some(CART)),
+        (vec![CART, FOREIGN], Some(CART)),
+        (vec![FOREIGN, CART, OTHER], Some(CART)),
+    ] {
+        let cart = authority.credentials(&uris);
+        let shaken = shake(cart.client_config(&ids(&[BANK])), bank.server_config()).await;
+        let known = known.map(|uri| uri.parse().unwrap());
+        assert_eq!(shaken.server.unwrap(), known, "{uris:?}");
     }
 }
 
