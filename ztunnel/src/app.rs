@@ -22,7 +22,7 @@ use crate::context;
 use crate::control::{self, FileSource, PodEntry, State, World};
 use crate::drain;
 use crate::enrol::{Change, Enrolment, Wanted};
-use crate::identity::{self, LocalCa, Store};
+use crate::identity::{self, LocalCa, Store, Versions};
 use crate::model::PodRef;
 use crate::worker::{self, Order, Worker};
 use crate::{stats, tunnel};
@@ -80,6 +80,11 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
     let ca = LocalCa::open(&config.ca_dir, wall_clock())?;
     let lifetime = identity::Params {
         ttl: config.secret_ttl,
+        versions: if config.tls12 {
+            Versions::From12
+        } else {
+            Versions::Only13
+        },
         ..identity::Params::default()
     };
     let store = Arc::new(Store::new(lifetime, Arc::new(wall_clock)));

@@ -85,6 +85,8 @@ pub struct Config {
     pub workers: usize,
     /// Lifetime of a workload certificate.
     pub secret_ttl: Duration,
+    /// TLS 1.2 is spoken with peers that have nothing newer.
+    pub tls12: bool,
     /// The application sees its client's own address.
     pub original_source: bool,
     /// The answer to a CONNECT describes this side.
@@ -143,6 +145,7 @@ impl Config {
             node: env.text("NODE_NAME").into(),
             workers: workers(&env, cores)?,
             secret_ttl: secret_ttl(&env)?,
+            tls12: flag("TLS12_ENABLED", false)?,
             original_source: flag("ENABLE_ORIG_SRC", true)?,
             response_baggage: flag("ENABLE_RESPONSE_BAGGAGE", true)?,
             policy_info_logging: flag("AUTHZ_POLICY_INFO_LOGGING", false)?,
@@ -412,7 +415,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 26] = [
+const READ: [&str; 27] = [
     "AUTHZ_POLICY_INFO_LOGGING",
     "BPF_PIN_DIR",
     "CA_DIR",
@@ -438,11 +441,12 @@ const READ: [&str; 26] = [
     "RUST_LOG",
     "SECRET_TTL",
     "TERMINATION_GRACE_PERIOD_SECONDS",
+    "TLS12_ENABLED",
     "ZTUNNEL_WORKER_THREADS",
 ];
 
 /// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 38] = [
+const KNOWN_TO_PEER: [&str; 37] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTH_TOKEN",
@@ -467,7 +471,6 @@ const KNOWN_TO_PEER: [&str; 38] = [
     "PROXY_CONFIG",
     "PROXY_WORKLOAD_INFO",
     "SERVICE_ACCOUNT",
-    "TLS12_ENABLED",
     "TRUST_DOMAIN",
     "UNSTABLE_ENABLE_SOCKS5",
     "USER_TIMEOUT_ENABLED",
@@ -501,6 +504,7 @@ mod tests {
         assert_eq!(config.termination_deadline, Duration::from_secs(5));
         assert_eq!(config.pool_max_streams, 100);
         assert_eq!(config.stream_window_bytes, 4 << 20);
+        assert!(!config.tls12, "TLS 1.3 alone");
         assert_eq!(config.keepalive.unwrap().retries, 9);
         assert_eq!(config.ignored, Vec::<String>::new());
     }
@@ -522,6 +526,7 @@ mod tests {
             ("POOL_MAX_STREAMS_PER_CONNECTION", "65536"),
             ("HTTP2_FRAME_SIZE", "1"),
             ("HTTP2_STREAM_WINDOW_SIZE", "4294967295"),
+            ("TLS12_ENABLED", "1.2"),
             ("LOG_FORMAT", "xml"),
             ("PROXY_MODE", "dedicated"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "-1"),

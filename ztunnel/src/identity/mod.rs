@@ -13,5 +13,5 @@ mod verify;
 pub use ca::{Issued, Issuer, LocalCa};
 pub use error::Error;
 pub use store::{Clock, Params, Store};
-pub use tls::Credentials;
+pub use tls::{Credentials, Versions};
 pub use verify::{peer_identities, peer_identity};

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::ca::Issuer;
 use super::error::Error;
-use super::tls::Credentials;
+use super::tls::{Credentials, Versions};
 use crate::model::SpiffeId;
 
 /// Tells the wall-clock time.
@@ -28,6 +28,8 @@ pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
 pub struct Params {
     /// The lifetime that is asked for.
     pub ttl: Duration,
+    /// What the certificates are used with.
+    pub versions: Versions,
     /// How long the source may take to answer.
     pub issue_timeout: Duration,
     /// How many certificates are asked for at a time.
@@ -43,6 +45,7 @@ impl Default for Params {
     fn default() -> Self {
         Self {
             ttl: Duration::from_secs(24 * 3600),
+            versions: Versions::default(),
             issue_timeout: Duration::from_secs(10),
             concurrency: 8,
             backoff_min: Duration::from_secs(1),
@@ -197,7 +200,7 @@ impl Store {
                 within,
             });
         };
-        let credentials = Credentials::new(id.clone(), issued?)?;
+        let credentials = Credentials::new(id.clone(), issued?, self.params.versions)?;
         if credentials.not_after() <= (self.clock)() {
             return Err(Error::Expired(id.clone()));
         }

@@ -13,7 +13,7 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use time::OffsetDateTime;
 
-use super::{Clock, Credentials, Error, Issued, Issuer, Params, Store};
+use super::{Clock, Credentials, Error, Issued, Issuer, Params, Store, Versions};
 use crate::model::SpiffeId;
 
 /// Signs whatever it is asked for.
@@ -75,7 +75,7 @@ impl Authority {
             uris,
             ..Leaf::default()
         });
-        Arc::new(Credentials::new(uris[0].parse().unwrap(), issued).unwrap())
+        Arc::new(Credentials::new(uris[0].parse().unwrap(), issued, Versions::Only13).unwrap())
     }
 }
 

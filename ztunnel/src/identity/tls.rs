@@ -9,7 +9,8 @@ use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider, kx_group};
 use rustls::server::NoServerSessionStorage;
-use rustls::{ClientConfig, ServerConfig};
+use rustls::version::{TLS12, TLS13};
+use rustls::{ClientConfig, ServerConfig, SupportedProtocolVersion};
 use rustls_pki_types::CertificateDer;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
@@ -18,6 +19,25 @@ use super::ca::Issued;
 use super::error::Error;
 use super::verify::{ClientVerifier, Roots, ServerVerifier};
 use crate::model::SpiffeId;
+
+/// Which versions of TLS both ends speak.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Versions {
+    /// 1.3, and 1.2 with a peer that has nothing newer.
+    From12,
+    /// 1.3 alone.
+    #[default]
+    Only13,
+}
+
+impl Versions {
+    fn protocols(self) -> &'static [&'static SupportedProtocolVersion] {
+        match self {
+            Self::From12 => FROM_12,
+            Self::Only13 => ONLY_13,
+        }
+    }
+}
 
 /// A certificate ready for both ends of TLS.
 pub struct Credentials {
@@ -36,16 +56,16 @@ impl Credentials {
     ///
     /// # Errors
     /// When the chain is malformed, or does not fit the key.
-    pub fn new(id: SpiffeId, issued: Issued) -> Result<Self, Error> {
+    pub fn new(id: SpiffeId, issued: Issued, versions: Versions) -> Result<Self, Error> {
         let tls = |source| Error::Credentials {
             id: id.clone(),
             source,
         };
         let (not_before, not_after) = validity(&id, &issued.chain)?;
         let roots = Roots::new(&issued.roots).map_err(tls)?;
-        let provider = Arc::new(provider());
-        let server = server_config(&id, &issued, &roots, &provider)?;
-        let client = client_config(&issued, &roots, &provider).map_err(tls)?;
+        let provider = Arc::new(provider(versions));
+        let server = server_config(&id, &issued, &roots, &provider, versions)?;
+        let client = client_config(&issued, &roots, &provider, versions).map_err(tls)?;
         Ok(Self {
             id,
             chain: issued.chain,
@@ -131,6 +151,7 @@ fn server_config(
     issued: &Issued,
     roots: &Roots,
     provider: &Arc<CryptoProvider>,
+    versions: Versions,
 ) -> Result<ServerConfig, Error> {
     let tls = |source| Error::Credentials {
         id: id.clone(),
@@ -140,7 +161,7 @@ fn server_config(
         return Err(Error::Malformed { id: id.clone() }); // without any root
     };
     let mut config = ServerConfig::builder_with_provider(Arc::clone(provider))
-        .with_protocol_versions(VERSIONS)
+        .with_protocol_versions(versions.protocols())
         .map_err(tls)?
         .with_client_cert_verifier(Arc::new(verifier))
         .with_single_cert(issued.chain.clone(), issued.key.clone_key())
@@ -156,9 +177,10 @@ fn client_config(
     issued: &Issued,
     roots: &Roots,
     provider: &Arc<CryptoProvider>,
+    versions: Versions,
 ) -> Result<ClientConfig, rustls::Error> {
     let mut config = ClientConfig::builder_with_provider(Arc::clone(provider))
-        .with_protocol_versions(VERSIONS)?
+        .with_protocol_versions(versions.protocols())?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(ServerVerifier {
             roots: roots.clone(),
@@ -174,12 +196,21 @@ fn client_config(
 /// Suites as the established proxy has them; the hybrid group stands first, so that recorded
 /// traffic stays closed to a later quantum computer.
 // PROTOCOL.md#tls
-fn provider() -> CryptoProvider {
+fn provider(versions: Versions) -> CryptoProvider {
+    let mut cipher_suites = vec![
+        cipher_suite::TLS13_AES_256_GCM_SHA384,
+        cipher_suite::TLS13_AES_128_GCM_SHA256,
+    ];
+    if versions == Versions::From12 {
+        cipher_suites.extend([
+            cipher_suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+            cipher_suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+            cipher_suite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+            cipher_suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+        ]);
+    }
     CryptoProvider {
-        cipher_suites: vec![
-            cipher_suite::TLS13_AES_256_GCM_SHA384,
-            cipher_suite::TLS13_AES_128_GCM_SHA256,
-        ],
+        cipher_suites,
         kx_groups: vec![
             kx_group::X25519MLKEM768,
             kx_group::X25519,
@@ -190,7 +221,8 @@ fn provider() -> CryptoProvider {
     }
 }
 
-static VERSIONS: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13];
+static FROM_12: &[&SupportedProtocolVersion] = &[&TLS13, &TLS12];
+static ONLY_13: &[&SupportedProtocolVersion] = &[&TLS13];
 // PROTOCOL.md#alpn
 const ALPN: &[u8] = b"h2";
 

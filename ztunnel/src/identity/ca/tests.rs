@@ -11,7 +11,7 @@ use x509_parser::der_parser::der::parse_der;
 use x509_parser::extensions::GeneralName;
 
 use super::super::testing::{Scratch, id, wall_clock};
-use super::super::{Credentials, peer_identity};
+use super::super::{Credentials, Versions, peer_identity};
 use super::*;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -121,7 +121,7 @@ fn a_leaf_never_outlives_its_root() {
     let ca = open(&Scratch::new()).unwrap();
     let late = ca.not_after - Duration::from_secs(60);
     let issued = ca.sign(&id("cart"), late, DAY).unwrap();
-    let credentials = Credentials::new(id("cart"), issued).unwrap();
+    let credentials = Credentials::new(id("cart"), issued, Versions::Only13).unwrap();
     assert!(credentials.not_after() <= ca.not_after);
     let error = ca.sign(&id("cart"), ca.not_after, DAY).unwrap_err();
     assert!(matches!(error, Error::CaExpired(_)), "{error}");
@@ -143,7 +143,7 @@ fn an_existing_pair_is_used_as_it_is() {
             let ca = open(&scratch).unwrap();
             assert_eq!(ca.roots, [root.der().clone()]);
             let issued = ca.sign(&id("cart"), wall_clock(), DAY).unwrap();
-            Credentials::new(id("cart"), issued).unwrap();
+            Credentials::new(id("cart"), issued, Versions::Only13).unwrap();
             let kept = fs::read_to_string(scratch.path().join("root-key.pem")).unwrap();
             assert_eq!(kept, text);
         }

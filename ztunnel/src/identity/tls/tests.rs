@@ -90,7 +90,7 @@ async fn the_server_must_prove_one_of_the_expected_identities() {
             uris: &shown,
             ..Leaf::default()
         });
-        let bank = Credentials::new(BANK.parse().unwrap(), bank).unwrap();
+        let bank = Credentials::new(BANK.parse().unwrap(), bank, Versions::Only13).unwrap();
         let shaken = shake(cart.client_config(&ids(&expected)), bank.server_config()).await;
         assert_eq!(shaken.client.is_ok(), good, "{expected:?} {shown:?}");
     }
@@ -111,7 +111,7 @@ async fn an_unknown_root_an_expired_certificate_and_a_wrong_usage_are_refused() 
         let mut issued = issuer.leaf(leaf);
         // It trusts the client, so that only the client's verdict decides.
         issued.roots = vec![authority.root()];
-        Credentials::new(BANK.parse().unwrap(), issued).unwrap()
+        Credentials::new(BANK.parse().unwrap(), issued, Versions::Only13).unwrap()
     };
     for bank in [
         bank(&stranger, Leaf::default()),
@@ -153,7 +153,7 @@ async fn each_of_several_roots_vouches() {
             ..Leaf::default()
         });
         issued.roots.clone_from(&roots);
-        Credentials::new(uri.parse().unwrap(), issued).unwrap()
+        Credentials::new(uri.parse().unwrap(), issued, Versions::Only13).unwrap()
     };
     let cart = make(&old, CART);
     for authority in [&old, &new] {
@@ -169,8 +169,8 @@ async fn a_client_without_a_certificate_is_refused() {
     let authority = Authority::new();
     let bank = authority.credentials(&[BANK]);
     let roots = Roots::new(&[authority.root()]).unwrap();
-    let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
-        .with_protocol_versions(VERSIONS)
+    let mut config = ClientConfig::builder_with_provider(Arc::new(provider(Versions::Only13)))
+        .with_protocol_versions(Versions::Only13.protocols())
         .unwrap()
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(ServerVerifier {
@@ -197,7 +197,7 @@ async fn a_client_from_another_trust_domain_is_refused() {
             uris: &uris,
             ..Leaf::default()
         });
-        let cart = Credentials::new(CART.parse().unwrap(), cart).unwrap();
+        let cart = Credentials::new(CART.parse().unwrap(), cart, Versions::Only13).unwrap();
         let shaken = shake(cart.client_config(&ids(&[BANK])), bank.server_config()).await;
         assert_eq!(shaken.server.is_ok(), good, "{uris:?}");
         assert_eq!(shaken.client.is_ok(), good, "{uris:?}");
@@ -232,7 +232,7 @@ async fn a_server_that_speaks_only_tls_1_2_is_refused() {
         ..Leaf::default()
     });
     let old = ServerConfig::builder_with_provider(Arc::new(default_provider()))
-        .with_protocol_versions(&[&rustls::version::TLS12])
+        .with_protocol_versions(&[&TLS12])
         .unwrap()
         .with_no_client_auth()
         .with_single_cert(issued.chain, issued.key)
@@ -240,18 +240,132 @@ async fn a_server_that_speaks_only_tls_1_2_is_refused() {
     refused(&shake(cart.client_config(&ids(&[BANK])), Arc::new(old)).await);
 }
 
+fn versed(authority: &Authority, uri: &str, versions: Versions) -> Credentials {
+    let issued = authority.leaf(Leaf {
+        uris: &[uri],
+        ..Leaf::default()
+    });
+    Credentials::new(uri.parse().unwrap(), issued, versions).unwrap()
+}
+
+/// Peers that know nothing but TLS 1.2 and one suite.
+fn old_peers(
+    authority: &Authority,
+    suite: rustls::SupportedCipherSuite,
+) -> (Arc<ClientConfig>, Arc<ServerConfig>) {
+    let provider = Arc::new(CryptoProvider {
+        cipher_suites: vec![suite],
+        ..default_provider()
+    });
+    let issued = |uri| {
+        authority.leaf(Leaf {
+            uris: &[uri],
+            ..Leaf::default()
+        })
+    };
+    let roots = Roots::new(&[authority.root()]).unwrap();
+    let (bank, cart) = (issued(BANK), issued(CART));
+    let domain = BANK.parse::<SpiffeId>().unwrap();
+    let verifier = ClientVerifier::new(&roots, domain.trust_domain(), &provider).unwrap();
+    let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&TLS12])
+        .unwrap()
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_single_cert(bank.chain, bank.key)
+        .unwrap();
+    let client = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS12])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(ServerVerifier {
+            roots,
+            expected: ids(&[BANK]),
+        }))
+        .with_client_auth_cert(cart.chain, cart.key)
+        .unwrap();
+    (Arc::new(client), Arc::new(server))
+}
+
+/// Behaviours 3 and 4, in both roles.
+#[tokio::test]
+async fn tls_1_2_is_spoken_only_where_it_is_wanted() {
+    let authority = Authority::new();
+    for suite in [
+        cipher_suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+        cipher_suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+    ] {
+        let (client, server) = old_peers(&authority, suite);
+        for (versions, good) in [(Versions::Only13, false), (Versions::From12, true)] {
+            let cart = versed(&authority, CART, versions).client_config(&ids(&[BANK]));
+            let shaken = shake(cart, Arc::clone(&server)).await;
+            assert_eq!(shaken.client.is_ok(), good, "{versions:?}");
+            assert_eq!(
+                shaken.server.ok().flatten(),
+                good.then(|| CART.parse().unwrap())
+            );
+            let bank = versed(&authority, BANK, versions).server_config();
+            let shaken = shake(Arc::clone(&client), bank).await;
+            assert_eq!(shaken.client.is_ok(), good, "{versions:?}");
+            assert_eq!(
+                shaken.server.ok().flatten(),
+                good.then(|| CART.parse().unwrap())
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn where_tls_1_2_is_allowed_the_rest_is_as_strict_and_1_3_comes_first() {
+    let authority = Authority::new();
+    let cart = versed(&authority, CART, Versions::From12);
+    let bank = versed(&authority, BANK, Versions::From12);
+    let shaken = shake(cart.client_config(&ids(&[BANK])), bank.server_config()).await;
+    // A group of TLS 1.3 alone.
+    let (_, group) = shaken.client.unwrap();
+    assert_eq!(group, Some(NamedGroup::X25519MLKEM768));
+
+    let suite = cipher_suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384;
+    let (client, server) = old_peers(&authority, suite);
+    refused(&shake(cart.client_config(&ids(&[OTHER])), server).await);
+    let elsewhere = "spiffe://elsewhere/ns/shop/sa/bank";
+    let stranger = versed(&Authority::new(), elsewhere, Versions::From12);
+    refused(&shake(client, stranger.server_config()).await);
+
+    let hello = hello(cart.client_config(&ids(&[BANK])));
+    assert!(!extensions(&hello).contains(&35), "no session ticket");
+    let mut acceptor = rustls::server::Acceptor::default();
+    acceptor.read_tls(&mut hello.as_slice()).unwrap();
+    let Ok(Some(accepted)) = acceptor.accept() else {
+        panic!("incomplete");
+    };
+    assert!(accepted.client_hello().cipher_suites().starts_with(&[
+        rustls::CipherSuite::TLS13_AES_256_GCM_SHA384,
+        rustls::CipherSuite::TLS13_AES_128_GCM_SHA256,
+        rustls::CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+        rustls::CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+        rustls::CipherSuite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+        rustls::CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+    ]));
+}
+
+/// The first bytes of a client.
+fn hello(config: Arc<ClientConfig>) -> Vec<u8> {
+    let mut client = rustls::ClientConnection::new(config, name()).unwrap();
+    let mut bytes = Vec::new();
+    client.write_tls(&mut bytes).unwrap();
+    bytes
+}
+
 /// Behaviours 1 and 2.
 #[test]
 fn the_client_hello_is_what_peers_expect() {
     let authority = Authority::new();
     let config = authority.credentials(&[CART]).client_config(&ids(&[BANK]));
-    let mut client = rustls::ClientConnection::new(config, name()).unwrap();
-    let mut bytes = Vec::new();
-    client.write_tls(&mut bytes).unwrap();
+    let bytes = hello(config);
 
     let extensions = extensions(&bytes);
-    let [server_name, pre_shared_key, early_data] = [0, 41, 42];
-    for absent in [server_name, pre_shared_key, early_data] {
+    let [server_name, session_ticket, pre_shared_key, early_data] = [0, 35, 41, 42];
+    for absent in [server_name, session_ticket, pre_shared_key, early_data] {
         assert!(!extensions.contains(&absent), "{extensions:?}");
     }
     let mut acceptor = rustls::server::Acceptor::default();
@@ -304,14 +418,15 @@ async fn a_peer_that_knows_only_an_older_group_is_served() {
     for group in [kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1] {
         let provider = CryptoProvider {
             kx_groups: vec![group],
-            ..provider()
+            ..provider(Versions::Only13)
         };
         let issued = authority.leaf(Leaf {
             uris: &[CART],
             ..Leaf::default()
         });
         let roots = Roots::new(&issued.roots).unwrap();
-        let mut config = client_config(&issued, &roots, &Arc::new(provider)).unwrap();
+        let mut config =
+            client_config(&issued, &roots, &Arc::new(provider), Versions::Only13).unwrap();
         config
             .dangerous()
             .set_certificate_verifier(Arc::new(ServerVerifier {
@@ -345,7 +460,7 @@ fn a_chain_without_a_leaf_or_with_another_key_makes_no_credentials() {
         })
     };
     let id: SpiffeId = CART.parse().unwrap();
-    let make = |issued| Credentials::new(id.clone(), issued).unwrap_err();
+    let make = |issued| Credentials::new(id.clone(), issued, Versions::Only13).unwrap_err();
     let empty = make(Issued {
         chain: Vec::new(),
         ..leaf()
