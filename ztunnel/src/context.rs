@@ -2,11 +2,11 @@
 //! books, the tunnels and the pod's sockets. Takes the parts, gives short answers; never decides.
 
 use std::cell::RefCell;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fmt, io};
 
 use thiserror::Error;
 use tokio::net::{TcpSocket, TcpStream};
@@ -152,7 +152,7 @@ impl Context {
     }
 
     /// Says what policy decided, and what the policies on trial would have.
-    fn log_judgement(&self, judgement: std::fmt::Arguments<'_>, dry_run: &[DryRun]) {
+    fn log_judgement(&self, judgement: fmt::Arguments<'_>, dry_run: &[DryRun]) {
         let pod = &self.pod;
         if self.settings.policy_info_logging {
             info!(%pod, %judgement, "policy");
@@ -212,45 +212,62 @@ impl Context {
     }
 }
 
+/// Makes the sockets of our own connections from a pod.
+pub trait Sockets: fmt::Debug {
+    /// For a connection to `destination` that leaves the pod, as [`Dialer::upstream_socket`] says.
+    ///
+    /// # Errors
+    /// No socket.
+    fn upstream(&self, destination: IpAddr) -> io::Result<std::net::TcpStream>;
+
+    /// For a connection to the pod's application, as [`Dialer::app_socket`] says.
+    ///
+    /// # Errors
+    /// No socket.
+    fn app(&self, client: Option<IpAddr>, app: IpAddr) -> io::Result<std::net::TcpStream>;
+}
+
+impl Sockets for Dialer {
+    fn upstream(&self, destination: IpAddr) -> io::Result<std::net::TcpStream> {
+        self.upstream_socket(destination).map(Into::into)
+    }
+
+    fn app(&self, client: Option<IpAddr>, app: IpAddr) -> io::Result<std::net::TcpStream> {
+        self.app_socket(client, app).map(Into::into)
+    }
+}
+
 /// Connects from a pod, with sockets that capture lets through.
 #[derive(Clone, Debug)]
 pub struct PodDial {
-    dialer: Dialer,
+    sockets: Rc<dyn Sockets>,
     keepalive: Option<tunnel::TcpKeepalive>,
 }
 
 impl PodDial {
     /// Takes the pod's sockets and what they are given.
     #[must_use]
-    pub fn new(dialer: Dialer, keepalive: Option<tunnel::TcpKeepalive>) -> Self {
-        Self { dialer, keepalive }
+    pub fn new(sockets: Rc<dyn Sockets>, keepalive: Option<tunnel::TcpKeepalive>) -> Self {
+        Self { sockets, keepalive }
     }
 
     async fn upstream(&self, upstream: UpstreamAddr) -> Result<TcpStream, DialError> {
-        let socket = self.dialer.upstream_socket(upstream.ip());
-        let stream = self.connect(socket, upstream.addr()).await?;
-        // A pod without a way to that address, whose routes lead it back to itself.
-        let local = stream.local_addr();
-        if local.is_ok_and(|local| local.ip().to_canonical().is_loopback()) {
-            let to = upstream.addr();
-            let source = io::ErrorKind::NetworkUnreachable.into();
-            return Err(DialError::Refused { to, source });
-        }
-        Ok(stream)
+        let socket = self.sockets.upstream(upstream.ip());
+        self.connect(socket, upstream.addr()).await
     }
 
     async fn app(&self, client: Option<IpAddr>, app: AppAddr) -> Result<TcpStream, DialError> {
-        let socket = self.dialer.app_socket(client, app.ip());
+        let socket = self.sockets.app(client, app.ip());
         self.connect(socket, app.addr()).await
     }
 
     async fn connect(
         &self,
-        socket: io::Result<impl Into<std::net::TcpStream>>,
+        socket: io::Result<std::net::TcpStream>,
         to: SocketAddr,
     ) -> Result<TcpStream, DialError> {
         let socket = socket.map_err(|source| DialError::Socket { to, source })?;
-        let connect = TcpSocket::from_std_stream(socket.into()).connect(to);
+        let connect = TcpSocket::from_std_stream(socket).connect(to);
         let stream = connect
             .await
             .map_err(|source| DialError::Refused { to, source })?;

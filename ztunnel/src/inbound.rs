@@ -230,3 +230,6 @@ impl ToReason for Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,3 +30,6 @@ pub mod config;
 pub mod logging;
 pub mod stats;
 pub mod worker;
+
+#[cfg(test)]
+mod testing;

@@ -119,3 +119,6 @@ impl ToReason for Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -150,7 +150,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
             order = inbox.recv() => match order {
                 Some(Order::Up { id, pod, listeners, dialer }) => {
                     let (trigger, drain) = drain::channel();
-                    let dial = PodDial::new(dialer, settings.keepalive);
+                    let dial = PodDial::new(Rc::new(dialer), settings.keepalive);
                     let context = Rc::new(Context {
                         pod,
                         view: Rc::clone(&view),

@@ -401,3 +401,29 @@ fn an_authority_must_be_the_pod_a_service_of_it_and_not_a_port_of_ours() {
         Err(Error::UnknownHost { .. })
     ));
 }
+
+/// Behaviours 53, 55 and 58.
+#[test]
+fn what_is_unknown_on_both_sides_matches_and_strictness_refuses_the_rest() {
+    let mut cart = service("cart", "/10.96.0.1", &[(80, 80)]);
+    cart.visibility = Visibility::Namespace;
+    cart.load_balancer.mode = LoadBalancerMode::Strict;
+    let place = |node: &str, zone: &str| {
+        let mut endpoint = endpoint("cart", "10.0.0.2", &[]);
+        endpoint.node = node.into();
+        endpoint.locality.zone = zone.into();
+        endpoint
+    };
+    for (scope, endpoint, found) in [
+        (RoutingScope::Node, place("n1", ""), false),
+        (RoutingScope::Zone, place("n1", ""), true),
+        (RoutingScope::Zone, place("", "z1"), false),
+    ] {
+        cart.load_balancer.routing_preferences = vec![scope];
+        let mesh = snapshot(vec![endpoint], vec![cart.clone()]);
+        match dial(&mesh, "10.96.0.1:80") {
+            Ok(route) => assert!(found && route.upstream == upstream("10.0.0.2:15008")),
+            Err(error) => assert!(!found && matches!(error, Error::NoEndpoint { .. })),
+        }
+    }
+}
