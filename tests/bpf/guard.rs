@@ -325,7 +325,7 @@ fn no_route_or_rule_takes_a_waiting_socket_off_lo() {
         &[
             "-6 route flush table local",
             "route flush table local",
-            "-6 route del local default dev lo metric 4294967294 table main",
+            "-6 route del local default dev lo table 15001",
         ],
         &["link set lo down"],
         &["link set lo down", "link set lo up"],

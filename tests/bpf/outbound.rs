@@ -2,7 +2,7 @@
 
 use std::{
     io::ErrorKind,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::Command,
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -424,6 +424,50 @@ fn a_connection_is_accepted_by_the_worker_of_its_processor() {
         drop(client.join().unwrap().unwrap());
         assert!(idle(&listeners[1 - processor].outbound));
     }
+}
+
+#[test]
+fn without_a_v6_route_our_dial_and_udp_fail_at_once() {
+    let world = World::new();
+    let enrolled = world.enrolled(&settings());
+    let destination = at("2001:db8::7", PORT);
+    let client = world.pod_connects(destination);
+    let ours = accept(&enrolled.listeners.outbound);
+    assert_eq!(canonical(ours.local_addr().unwrap()), destination);
+    assert_eq!(ours.peer_addr().unwrap().ip(), address(POD6));
+    let _client = client.join().unwrap().unwrap();
+    let dial = enrolled
+        .pod
+        .dialer(&settings())
+        .upstream_socket(destination.ip())
+        .unwrap();
+    let refused = dial.connect(&destination.into()).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NetworkUnreachable);
+    assert!(idle(&enrolled.listeners.outbound), "it came back to us");
+    let udp = world.in_pod(move || UdpSocket::bind("[::]:0").unwrap().connect(destination));
+    assert_eq!(udp.unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+}
+
+#[test]
+fn a_captured_connection_from_loopback_is_refused() {
+    let world = World::new();
+    let pod = world.pod();
+    ip(&format!("-n {pod} addr del {POD6}/64 dev eth0"));
+    let enrolled = world.enrolled(&settings());
+    let refused = world.pod_connects(at("2001:db8::7", PORT)).join().unwrap();
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    let refused = spawn_in(&pod, || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&at("127.0.0.1", 0).into()).unwrap();
+        socket.connect_timeout(&at("198.51.100.7", PORT).into(), WATCH)
+    });
+    // No reset can be routed to an IPv4 loopback address (6.18).
+    assert_eq!(
+        refused.join().unwrap().unwrap_err().kind(),
+        ErrorKind::TimedOut
+    );
+    assert!(enrolled.lookups("loop_refused") >= 2);
+    assert!(idle(&enrolled.listeners.outbound));
 }
 
 /// Where nobody listens.

@@ -9,7 +9,7 @@ pub use verdict::{ConnectVerdict, LookupVerdict};
 
 /// The version of everything in this crate that outlives a process in the pins. It grows whenever a
 /// map's name, shape or meaning, or a program's attach point, changes.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Pods that one node process can hold; one more is refused, never captured by halves.
 pub const MAX_PODS: u32 = 1024;

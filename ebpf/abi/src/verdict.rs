@@ -72,6 +72,9 @@ verdicts! {
         Outbound = "outbound",
         /// Captured, and nobody listens: unanswered, so that the connection waits.
         OutboundNoListener = "outbound_no_listener",
+        /// From loopback to somewhere else: a connection that found no address to leave with. Dropped,
+        /// so that a dial of ours that went astray never comes back to us.
+        LoopRefused = "loop_refused",
         /// Inside the pod: loopback, our own dial to the application, or the pod dialling itself.
         InsidePod = "inside_pod",
         /// HBONE, given to a worker.

@@ -41,6 +41,8 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> u32 {
         // Passing would hand it to whatever wildcard listener the application has. On `lo` no reset
         // can be routed back from the foreign address, so the connection waits (6.18).
         LookupVerdict::OutboundNoListener
+        // To `::1` it can, and the connection is refused at once.
+        | LookupVerdict::LoopRefused
         // From outside, the kernel answers a dropped lookup with a reset: refused at once.
         | LookupVerdict::HboneNoListener
         | LookupVerdict::PlaintextDropped
@@ -57,6 +59,11 @@ fn verdict(ctx: &SkLookupContext, rules: &InboundRules) -> LookupVerdict {
     if interface == LOOPBACK_IFINDEX {
         if local.is_loopback() || holds_address(&rules.addresses, &local) {
             return LookupVerdict::InsidePod;
+        }
+        // PROTOCOL.md#loop-refused
+        // Whoever captured it, its peer could never answer it; and it may be our own dial.
+        if remote_address(ctx.lookup).is_loopback() {
+            return LookupVerdict::LoopRefused;
         }
         return assign(
             ctx,

@@ -1,5 +1,5 @@
 //! What a pod's network namespace needs so that an application's answers to a client come back to us:
-//! takes the namespace, adds one rule, one table and one sysctl, and takes them away again. It never
+//! takes the namespace, adds rules, tables and sysctls, and takes them away again. It never
 //! touches a device other than `lo`, or an address.
 
 use std::{
@@ -7,6 +7,7 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
 };
 
+use nix::net::if_::if_indextoname;
 use rtnetlink::{
     Handle, LinkUnspec, RouteMessageBuilder, new_connection,
     packet_route::{
@@ -28,6 +29,7 @@ pub(super) fn install(netns: &Netns) -> Result<u32, Error> {
     netns
         .run_apart(|| {
             let v6 = has_v6();
+            let lo = name_of_lo()?;
             let mut turned_on = 0;
             for (bit, sysctl) in sysctls(v6) {
                 if write(sysctl, "1")? {
@@ -40,7 +42,7 @@ pub(super) fn install(netns: &Netns) -> Result<u32, Error> {
                     .build();
                 accept(handle.link().set(up).execute().await, &[])
                     .map_err(route_error("set lo up"))?;
-                for wanted in wanted(v6) {
+                for wanted in wanted(v6, Some(&lo)) {
                     wanted.add(&handle).await?;
                 }
                 Ok(())
@@ -61,7 +63,7 @@ pub(super) fn remove(netns: &Netns, turned_on: u32) -> Result<(), Error> {
                 }
             }
             on_netlink(async |handle| {
-                for wanted in wanted(v6) {
+                for wanted in wanted(v6, None) {
                     wanted.remove(&handle).await?;
                 }
                 Ok(())
@@ -75,9 +77,13 @@ enum Wanted {
     Route(&'static str, Box<RouteMessage>),
 }
 
-fn wanted(v6: bool) -> Vec<Wanted> {
+/// Without the name of `lo` they match whatever name it had when they were added.
+fn wanted(v6: bool, lo: Option<&str>) -> Vec<Wanted> {
     let mut wanted = vec![
-        Wanted::Rule("IPv4 rule for marked replies", rule(AddressFamily::Inet)),
+        Wanted::Rule(
+            "IPv4 rule for marked replies",
+            reply_rule(AddressFamily::Inet),
+        ),
         Wanted::Route(
             "IPv4 route for marked replies",
             Box::new(
@@ -100,34 +106,55 @@ fn wanted(v6: bool) -> Vec<Wanted> {
         };
         wanted.push(Wanted::Rule(
             "IPv6 rule for marked replies",
-            rule(AddressFamily::Inet6),
+            reply_rule(AddressFamily::Inet6),
         ));
         wanted.push(Wanted::Route(
             "IPv6 route for marked replies",
             Box::new(local().table_id(REPLY_TABLE).build()),
         ));
-        // PROTOCOL.md#v6-main-metric
-        // IPv4 takes any destination for local on a socket bound to `lo`; IPv6 wants a route. In the
-        // main table and with the worst metric only such a socket finds it; in the local table, where
-        // a local route goes by itself, it would take every IPv6 connection (6.18).
+        // PROTOCOL.md#v6-lo-rule
+        // IPv4 takes any destination for local on a socket bound to `lo`; IPv6 wants a route. It has
+        // a table of its own, which only such a socket looks into: anywhere else it would take what
+        // has no other route, our own dials among it, and we would accept them again.
         wanted.push(Wanted::Route(
             "IPv6 route for captured connections",
-            Box::new(local().table_id(MAIN_TABLE).priority(WORST_METRIC).build()),
+            Box::new(local().table_id(CAPTURE_TABLE).build()),
+        ));
+        wanted.push(Wanted::Rule(
+            "IPv6 rule for captured connections",
+            rule(
+                AddressFamily::Inet6,
+                CAPTURE_PRIORITY,
+                CAPTURE_TABLE,
+                lo.map(|lo| RuleAttribute::Oifname(lo.to_owned())),
+            ),
         ));
     }
     wanted
 }
 
-fn rule(family: AddressFamily) -> Box<RuleMessage> {
+fn reply_rule(family: AddressFamily) -> Box<RuleMessage> {
+    let mark = [
+        RuleAttribute::FwMark(REPLY_MARK),
+        RuleAttribute::FwMask(u32::MAX),
+    ];
+    rule(family, REPLY_PRIORITY, REPLY_TABLE, mark)
+}
+
+fn rule(
+    family: AddressFamily,
+    priority: u32,
+    table: u32,
+    selectors: impl IntoIterator<Item = RuleAttribute>,
+) -> Box<RuleMessage> {
     let mut rule = RuleMessage::default();
     rule.header.family = family;
     rule.header.action = RuleAction::ToTable;
     rule.attributes = vec![
-        RuleAttribute::Priority(RULE_PRIORITY),
-        RuleAttribute::FwMark(REPLY_MARK),
-        RuleAttribute::FwMask(u32::MAX),
-        RuleAttribute::Table(REPLY_TABLE),
+        RuleAttribute::Priority(priority),
+        RuleAttribute::Table(table),
     ];
+    rule.attributes.extend(selectors);
     Box::new(rule)
 }
 
@@ -216,6 +243,16 @@ fn sysctls(v6: bool) -> impl Iterator<Item = (u32, &'static str)> {
         .filter(move |(_, path)| v6 || !path.contains("/ipv6/"))
 }
 
+/// A rule wants a device by its name, which is the pod's to change.
+fn name_of_lo() -> Result<String, Error> {
+    if_indextoname(netns::LOOPBACK.get())
+        .map(|name| name.to_string_lossy().into_owned())
+        .map_err(|error| Error::Route {
+            purpose: "find lo",
+            answer: error.to_string(),
+        })
+}
+
 fn has_v6() -> bool {
     fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
         .is_ok_and(|value| value.trim() == "0")
@@ -232,8 +269,8 @@ const SYSCTLS: [(u32, &str); 3] = [
 ];
 /// The number of the plaintext port; free in the tables that distributions name.
 const REPLY_TABLE: u32 = 15006;
-const MAIN_TABLE: u32 = 254;
+/// The number of the outbound port; as free.
+const CAPTURE_TABLE: u32 = 15001;
 /// Before `main` (32766) and the rules that `ip rule add` puts right above it.
-const RULE_PRIORITY: u32 = 32763;
-/// The largest that is not the kernel's own "unset".
-const WORST_METRIC: u32 = u32::MAX - 1;
+const REPLY_PRIORITY: u32 = 32763;
+const CAPTURE_PRIORITY: u32 = 32764;
