@@ -18,9 +18,12 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 use ztunnel::capture::{Capture, release_all};
 
-use crate::world::{
-    Enrolled, PATIENCE, PEER4, PEER6, POD4, POD6, PORT, Sniffer, WATCH, World, accept, at, idle,
-    ip, said, settings, spawn_in,
+use crate::{
+    lifecycle::generations,
+    world::{
+        Enrolled, PATIENCE, PEER4, PEER6, POD4, POD6, PORT, Sniffer, WATCH, World, accept, at,
+        idle, ip, said, settings, spawn_in,
+    },
 };
 
 #[test]
@@ -53,13 +56,13 @@ fn the_guard_is_replaced_with_what_it_guards_and_goes_with_it() {
     rebind(&waiting).unwrap_err();
     drop(world.start());
     rebind(&waiting).unwrap_err();
-    let pins = std::fs::read_dir(&world.pin_dir).unwrap().next().unwrap();
-    std::fs::remove_file(pins.unwrap().path().join("setsockopt")).unwrap();
+    std::fs::remove_file(generations(&world).remove(0).join("setsockopt")).unwrap();
     let capture = world.start();
     rebind(&waiting).unwrap_err();
     let enrolled = Enrolled::new(capture, &world, &settings());
     assert_eq!(enrolled.connects("rebind_refused"), 3);
     drop(accept(&enrolled.listeners.outbound));
+    drop(enrolled);
     release_all(&world.pin_dir).unwrap();
     rebind(&waiting).unwrap();
 }
@@ -141,6 +144,7 @@ fn other_sockets_and_options_are_left_alone() {
     // Another pod.
     world.in_peer(move || {
         let client = TcpStream::connect(at(PEER4, PORT)).unwrap();
+        client.peek(&mut [0]).unwrap();
         set(&client, libc::SOL_SOCKET, SO_BINDTOIFINDEX, &eth0).unwrap();
     });
     assert_eq!(server.served(), 1);

@@ -289,6 +289,61 @@ fn two_node_processes_share_a_kernel() {
     drop(Capture::start(&one.params(1)).unwrap());
 }
 
+#[test]
+fn the_pins_of_a_living_node_are_served_by_that_node_only() {
+    let world = World::new();
+    let first = world.enrolled(&settings());
+    let elsewhere = || {
+        let params = world.params(1);
+        world.in_peer(move || Capture::start(&params).map(drop))
+    };
+    let refused = elsewhere().unwrap_err();
+    assert!(matches!(refused, Error::PinsTaken { .. }), "{refused}");
+    assert!(refused.to_string().contains("BPF_PIN_DIR"), "{refused}");
+    // Its successor comes while it leaves.
+    let second = Enrolled::new(world.start(), &world, &settings());
+    drop(first);
+    let refused = elsewhere().unwrap_err();
+    assert!(matches!(refused, Error::PinsTaken { .. }), "{refused}");
+    let refused = release_all(&world.pin_dir).unwrap_err();
+    assert!(matches!(refused, Error::PinsServed { .. }), "{refused}");
+    let client = world.pod_connects(at(PEER4, PORT));
+    accept(&second.listeners.outbound);
+    drop(client.join().unwrap().unwrap());
+    drop(second);
+    elsewhere().unwrap();
+    elsewhere().unwrap();
+    drop(world.start());
+}
+
+#[test]
+fn release_all_touches_nothing_but_our_pins() {
+    let world = World::new();
+    drop(world.start());
+    let others = ["tmp-other", "tmp-", "abi", "node-x"].map(|name| world.pin_dir.join(name));
+    for other in &others {
+        fs::create_dir(other).unwrap();
+    }
+    assert!(release_all(&world.pin_dir).unwrap().found);
+    assert!(others.iter().all(|other| other.exists()));
+    assert_eq!(
+        fs::read_dir(&world.pin_dir).unwrap().count(),
+        others.len(),
+        "all of ours is gone"
+    );
+    fs::remove_dir_all(&world.pin_dir).unwrap();
+    assert!(!release_all(&world.pin_dir).unwrap().found);
+
+    let disk = std::env::temp_dir().join(world.pod());
+    fs::create_dir_all(disk.join("abi1-gen1/pods")).unwrap();
+    let refused = release_all(&disk).unwrap_err();
+    assert!(matches!(refused, Error::PinsElsewhere { .. }), "{refused}");
+    let refused = release_all(&disk.join("missing")).unwrap_err();
+    assert!(matches!(refused, Error::PinsElsewhere { .. }), "{refused}");
+    assert!(disk.join("abi1-gen1/pods").exists());
+    fs::remove_dir_all(&disk).unwrap();
+}
+
 /// As if another version had pinned them.
 fn make_foreign(world: &World) {
     let dir = generations(world).remove(0);
@@ -297,10 +352,14 @@ fn make_foreign(world: &World) {
     fs::rename(&dir, world.pin_dir.join(format!("abi999-gen{number}"))).unwrap();
 }
 
-fn generations(world: &World) -> Vec<PathBuf> {
+pub(crate) fn generations(world: &World) -> Vec<PathBuf> {
     fs::read_dir(&world.pin_dir)
         .unwrap()
         .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            name.starts_with("abi")
+        })
         .collect()
 }
 

@@ -91,6 +91,10 @@ fn proxy(rest: &[String]) -> ExitCode {
 fn release(pin_dir: Option<PathBuf>) -> ExitCode {
     let pin_dir = pin_dir.unwrap_or_else(ztunnel::config::bpf_pin_dir);
     match ztunnel::capture::release_all(&pin_dir) {
+        Ok(released) if !released.found => {
+            println!("nothing is pinned at {}", pin_dir.display());
+            ExitCode::SUCCESS
+        }
         Ok(released) => {
             println!(
                 "{} pods released from {}",

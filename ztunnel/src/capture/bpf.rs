@@ -22,6 +22,7 @@ use ebpf_abi::{ABI_VERSION, MAX_WORKERS, program};
 use super::{
     Count, Error, Netns, NetnsCookie, PodCapture, PodSettings, WorkerListeners,
     maps::{self, NODE_MAPS, NodeMaps, POD_MAPS, PodMaps},
+    owner::Claim,
     pins::{self, Generation},
     preflight,
     sys::{self, CgroupHook},
@@ -48,7 +49,8 @@ impl Capture {
     /// every pod in it captured throughout.
     ///
     /// # Errors
-    /// The kernel refuses a program, a map, a link or a pin.
+    /// A process of another node serves the directory, or the kernel refuses a program, a map, a link
+    /// or a pin.
     pub fn start(params: &Params) -> Result<Self, Error> {
         let workers = u32::try_from(params.workers)
             .ok()
@@ -59,6 +61,7 @@ impl Capture {
             })?;
         preflight::mount_bpffs(&params.pin_dir)?;
         fs::create_dir_all(&params.pin_dir).map_err(Error::pin(&params.pin_dir))?;
+        let claim = Claim::serve(&params.pin_dir)?;
         pins::clean(&params.pin_dir)?;
         let found = pins::generations(&params.pin_dir)?;
         let mut loader = Loader::new();
@@ -80,6 +83,7 @@ impl Capture {
             workers,
             ours,
             state: Lock::new(state),
+            _claim: claim,
         });
         Ok(Self { node })
     }
@@ -124,6 +128,7 @@ pub(super) struct Node {
     pub(super) workers: u32,
     pub(super) ours: Arc<OwnedFd>,
     state: Lock,
+    _claim: Claim,
 }
 
 #[expect(

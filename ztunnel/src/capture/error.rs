@@ -66,6 +66,15 @@ pub enum Error {
     NotEnrolled { cookie: NetnsCookie },
     #[error("{path} in the bpf file system")]
     Pin { path: PathBuf, source: io::Error },
+    #[error("{path} is not in a bpf file system, so nothing of ours is pinned there")]
+    PinsElsewhere { path: PathBuf },
+    #[error("a node process serves the pins in {path}; stop it first")]
+    PinsServed { path: PathBuf },
+    #[error(
+        "the process of another node serves the pins in {path}; give each node of a kernel a \
+         BPF_PIN_DIR of its own"
+    )]
+    PinsTaken { path: PathBuf },
     #[error("pin a link at {path}")]
     PinLink { path: PathBuf, source: PinError },
     #[error("{pods} pods are enrolled already, which is the limit")]

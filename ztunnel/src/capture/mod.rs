@@ -9,6 +9,7 @@ mod limits;
 mod listen;
 mod maps;
 mod netns;
+mod owner;
 mod pins;
 mod pod;
 mod preflight;

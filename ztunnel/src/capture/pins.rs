@@ -6,7 +6,9 @@
 //! <pin dir>/abi1-gen7/                 the node: maps by name, links connect4, connect6,
 //!                                      setsockopt
 //! <pin dir>/abi1-gen7/pods/<cookie>/   one pod: maps by name, link
-//! <pin dir>/tmp-…, pods/tmp-…          under construction, or left by a crash
+//! <pin dir>/node-<cookie>/             empty: the network namespace of the node that serves it
+//! <pin dir>/tmp-node, pods/tmp-<cookie>/
+//!                                      under construction, or left by a crash
 //! ```
 //! The names of directories and links are the same in every ABI version, so that any binary can
 //! replace or release what any other left.
@@ -97,11 +99,28 @@ pub(super) fn clean(pin_dir: &Path) -> Result<(), Error> {
         .collect::<Result<Vec<_>, _>>()?
         .concat()
     {
-        let unfinished = path
-            .file_name()
-            .is_some_and(|name| name.to_string_lossy().starts_with(UNFINISHED));
-        if unfinished {
+        if is_unfinished(&path) {
             tracing::warn!(path = %path.display(), "removing pins that were never completed");
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// The node that serves the directory, or served it last: the cookie of its network namespace.
+pub(super) fn owner(pin_dir: &Path) -> Result<Option<NetnsCookie>, Error> {
+    Ok(entries(pin_dir)?.iter().find_map(|path| owner_of(path)))
+}
+
+/// Writes down who serves the directory. Only while nobody else does.
+pub(super) fn set_owner(pin_dir: &Path, owner: NetnsCookie) -> Result<(), Error> {
+    remove_owner(pin_dir)?;
+    create(&pin_dir.join(format!("{OWNER}{owner}")))
+}
+
+pub(super) fn remove_owner(pin_dir: &Path) -> Result<(), Error> {
+    for path in entries(pin_dir)? {
+        if owner_of(&path).is_some() {
             remove(&path)?;
         }
     }
@@ -110,7 +129,7 @@ pub(super) fn clean(pin_dir: &Path) -> Result<(), Error> {
 
 /// Where the node's pins are made before they are published.
 pub(super) fn unfinished_node(pin_dir: &Path) -> PathBuf {
-    pin_dir.join(format!("{UNFINISHED}node"))
+    pin_dir.join(format!("{UNFINISHED}{NODE}"))
 }
 
 /// Makes an empty directory; one that is there already is a leftover, and goes.
@@ -183,8 +202,22 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>, Error> {
         .collect()
 }
 
+fn owner_of(path: &Path) -> Option<NetnsCookie> {
+    let cookie = path.file_name()?.to_str()?.strip_prefix(OWNER)?;
+    cookie.parse().ok().map(NetnsCookie)
+}
+
+/// Whether we gave it its name: there may be other people's pins beside ours.
+fn is_unfinished(path: &Path) -> bool {
+    path.file_name()
+        .and_then(|name| name.to_str()?.strip_prefix(UNFINISHED))
+        .is_some_and(|rest| rest == NODE || rest.parse::<u64>().is_ok())
+}
+
 /// Pins may not have a dot in their name.
 const UNFINISHED: &str = "tmp-";
+const NODE: &str = "node";
+const OWNER: &str = "node-";
 
 #[cfg(test)]
 mod tests {

@@ -7,12 +7,15 @@ use super::{
     Capture, Error, Netns, NetnsCookie,
     bpf::{Node, State},
     maps::PodMaps,
+    owner::Claim,
     pins, route, sys,
 };
 
 /// What [`release_all`] did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Released {
+    /// Whether there was a directory of pins at all.
+    pub found: bool,
     /// Pods whose capture is undone in full.
     pub pods: Vec<NetnsCookie>,
     /// Pods that are no longer captured, but whose rules, routes and sysctl stay: their namespace
@@ -71,14 +74,18 @@ impl Capture {
     }
 }
 
-/// Undoes everything of the node processes of this pin directory, of any ABI version. A process that
-/// still runs captures nothing afterwards. What stays: sockets that are bound to `lo` already, and `lo`
-/// being up.
+/// Undoes everything of the node processes of this pin directory, of any ABI version. What stays:
+/// sockets that are bound to `lo` already, and `lo` being up.
 ///
 /// # Errors
-/// The pins cannot be read or removed.
+/// A process serves the directory, it is not in a bpf file system, or the pins cannot be read or
+/// removed.
 pub fn release_all(pin_dir: &Path) -> Result<Released, Error> {
     let mut released = Released::default();
+    let Some(_claim) = Claim::undo(pin_dir)? else {
+        return Ok(released);
+    };
+    released.found = true;
     let generations = pins::generations(pin_dir)?;
     // First nobody is captured any more, then the rest goes.
     for generation in &generations {
@@ -99,6 +106,7 @@ pub fn release_all(pin_dir: &Path) -> Result<Released, Error> {
         pins::remove(&generation.dir)?;
     }
     pins::clean(pin_dir)?;
+    pins::remove_owner(pin_dir)?;
     // The directory may be the root of the file system, or hold what is not ours.
     if let Err(error) = fs::remove_dir(pin_dir) {
         tracing::debug!(%error, path = %pin_dir.display(), "the pin directory stays");
