@@ -253,8 +253,8 @@ fn install_packages(house: &House, missing: &[&Tool]) -> Result<()> {
     for tool in missing {
         println!("  {:<16} {}", tool.package, tool.why);
     }
-    let names: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
-    let names = names.join(" ");
+    let packages: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
+    let names = packages.join(" ");
     if house::find_program("apt-get").is_none() {
         bail!("install them, or what your system calls them (these are Debian's names): {names}");
     }
@@ -266,7 +266,7 @@ fn install_packages(house: &House, missing: &[&Tool]) -> Result<()> {
     let no_services = NoServices::begin()?;
     apt(house, &["update"])?;
     let mut install = vec!["install", "--yes", "--no-install-recommends"];
-    install.extend(missing.iter().map(|tool| tool.package));
+    install.extend(packages);
     apt(house, &install)?;
     no_services.end(missing)?;
     let absent: Vec<&str> = missing
@@ -283,7 +283,7 @@ fn install_packages(house: &House, missing: &[&Tool]) -> Result<()> {
     Ok(())
 }
 
-/// apt with its progress cut down to one line per package; all of it if it fails.
+/// apt with its progress cut down to one line for each package that we asked for; all of it if it fails.
 fn apt(house: &House, args: &[&str]) -> Result<()> {
     let mut apt = house.program("apt-get");
     apt.args(["-o", "DPkg::Lock::Timeout=600", "-o", "Dpkg::Use-Pty=0"])
@@ -293,7 +293,10 @@ fn apt(house: &House, args: &[&str]) -> Result<()> {
     let end = process::lines(apt, Duration::from_secs(30 * 60), |line| {
         all.push_str(line);
         all.push('\n');
-        if line.starts_with("Setting up") || line.starts_with("Need to get") {
+        let ready = line
+            .strip_prefix("Setting up ")
+            .and_then(|rest| rest.split([' ', ':']).next());
+        if line.starts_with("Need to get") || ready.is_some_and(|name| args.contains(&name)) {
             println!("  {line}");
         }
     })?;
