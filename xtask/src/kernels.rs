@@ -386,7 +386,9 @@ fn boot(
 const SERIES: [&str; 2] = ["6.1", "6.12"];
 const PLAN: &str = "tests/kernels/plan.txt";
 const INIT: &str = "tests/kernels/init.sh";
-const TOOLS: [&str; 5] = ["busybox", "curl", "ip", "nginx", "openssl"];
+const TOOLS: [&str; 7] = [
+    "busybox", "curl", "ip", "nginx", "nsenter", "openssl", "setpriv",
+];
 /// In the order in which they load.
 const MODULES: [&str; 3] = ["veth", "inet_diag", "tcp_diag"];
 const MACHINE: [&str; 16] = [
