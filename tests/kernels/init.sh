@@ -5,7 +5,7 @@ bb=/usr/bin/busybox
 $bb mkdir -p /bin /proc /sys /dev /run /tmp /root /var/log/nginx /var/lib/nginx
 $bb --install -s /bin
 # iproute2 and the others come before busybox's own.
-export PATH=/usr/bin:/bin HOME=/root RUST_BACKTRACE=1
+export PATH=/usr/bin:/bin HOME=/root
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
