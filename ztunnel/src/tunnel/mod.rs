@@ -5,6 +5,7 @@ mod buffer;
 mod client;
 mod error;
 mod keepalive;
+mod load;
 mod params;
 mod pool;
 mod relay;

@@ -20,6 +20,7 @@ use tokio::time::{Instant, timeout};
 
 use super::client;
 use super::error::Error;
+use super::load::{Load, Share};
 use super::params::Params;
 use super::stream::H2Stream;
 use crate::authz::Permit;
@@ -122,8 +123,8 @@ impl<D: Dial> Pool<D> {
         Err(last.unwrap_or(Error::NoStreams(target.upstream)))
     }
 
-    /// Takes a place on the first tunnel that has one, or on a new one; says whether others may
-    /// have used it before.
+    /// Takes a place on the first tunnel that has one and moves, or on a new one; says whether
+    /// others may have used it before.
     fn join(&self, target: &Target) -> (Slot, bool) {
         let mut groups = self.shared.groups.borrow_mut();
         let group = match groups.get_mut(target) {
@@ -135,8 +136,14 @@ impl<D: Dial> Pool<D> {
         let room = |tunnel: &&Rc<Tunnel>| {
             tunnel.used.get() < tunnel.cap(told).min(self.params.pool_streams)
         };
-        let found = group.tunnels.iter().find(room).map(Rc::clone);
-        let tunnel = found.unwrap_or_else(|| {
+        let window = self.params.connection_window_bytes;
+        let free = |tunnel: &&Rc<Tunnel>| room(tunnel) && !tunnel.load.is_busy(window);
+        let mut found = group.tunnels.iter().find(free);
+        if found.is_none() && group.tunnels.len() >= BUSY_TUNNELS {
+            let roomy = group.tunnels.iter().filter(room);
+            found = roomy.min_by_key(|tunnel| tunnel.load.stalled());
+        }
+        let tunnel = found.map(Rc::clone).unwrap_or_else(|| {
             let tunnel = Rc::new(Tunnel::new());
             group.tunnels.push(Rc::clone(&tunnel));
             self.connect(target.clone(), Rc::clone(&tunnel));
@@ -144,7 +151,8 @@ impl<D: Dial> Pool<D> {
         });
         tunnel.used.set(tunnel.used.get() + 1);
         let reused = matches!(*tunnel.phase.borrow(), Phase::Settled);
-        (Slot(tunnel), reused)
+        let share = Share::new(&tunnel.load);
+        (Slot { tunnel, share }, reused)
     }
 
     fn connect(&self, target: Target, tunnel: Rc<Tunnel>) {
@@ -250,6 +258,7 @@ pub(super) struct Tunnel {
     /// Somebody went before the peer's SETTINGS came.
     early: Cell<bool>,
     open: RefCell<Option<Open>>,
+    load: Rc<Load>,
 }
 
 /// What a tunnel has once its handshakes are done, until it is retired.
@@ -280,6 +289,7 @@ impl Tunnel {
             idle: Notify::new(),
             early: Cell::new(false),
             open: RefCell::new(None),
+            load: Rc::default(),
         }
     }
 
@@ -336,12 +346,20 @@ impl Tunnel {
 }
 
 /// A place on a tunnel; dropping it gives it back.
-pub(super) struct Slot(Rc<Tunnel>);
+pub(super) struct Slot {
+    tunnel: Rc<Tunnel>,
+    share: Share,
+}
 
 impl Slot {
+    /// Where its stream tells what it holds up.
+    pub(super) const fn share(&self) -> &Share {
+        &self.share
+    }
+
     /// Waits until the tunnel can take a stream; `false` when it cannot take this one.
     async fn admitted(&self) -> Result<bool, Error> {
-        let tunnel = &self.0;
+        let tunnel = &self.tunnel;
         let mut phase = tunnel.phase.subscribe();
         loop {
             match &*phase.borrow_and_update() {
@@ -359,7 +377,7 @@ impl Slot {
     }
 
     async fn request(self, request: Request<()>, params: &Params) -> Result<Opened, Refused> {
-        let open = self.0.open.borrow().clone();
+        let open = self.tunnel.open.borrow().clone();
         let Some(Open { sender, peer }) = open else {
             return Err(Refused::NotHere(Error::TunnelLost(None)));
         };
@@ -393,7 +411,7 @@ impl Slot {
             return Refused::Final(Error::TunnelLost(Some(Arc::new(error))));
         }
         // The tunnel's own error says more than that of a stream on it.
-        if let Phase::Failed(error) = &*self.0.phase.borrow() {
+        if let Phase::Failed(error) = &*self.tunnel.phase.borrow() {
             return Refused::Lost(error.clone());
         }
         Refused::Lost(Error::TunnelLost(Some(Arc::new(error))))
@@ -402,11 +420,11 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let used = self.0.used.get().saturating_sub(1);
-        self.0.used.set(used);
+        let used = self.tunnel.used.get().saturating_sub(1);
+        self.tunnel.used.set(used);
         if used == 0 {
-            self.0.idle_since.set(Instant::now());
-            self.0.idle.notify_waiters();
+            self.tunnel.idle_since.set(Instant::now());
+            self.tunnel.idle.notify_waiters();
         }
     }
 }
@@ -424,6 +442,8 @@ enum Refused {
 
 /// Tunnels that one request is offered to: a full one, one that says goodbye, one that is new.
 const TRIES: usize = 4;
+/// From so many tunnels on, streams that stand still open no further one.
+const BUSY_TUNNELS: usize = 8;
 
 #[cfg(test)]
 mod tests;

@@ -11,6 +11,7 @@ use h2::{Reason, RecvStream, SendStream};
 
 use super::buffer::Queue;
 use super::error::Error;
+use super::load::Share;
 use super::pool::Slot;
 use super::relay::{Side, Written};
 
@@ -19,7 +20,7 @@ pub struct H2Stream {
     send: RefCell<SendStream<Bytes>>,
     recv: RefCell<RecvStream>,
     /// Its place on a pooled tunnel.
-    _slot: Option<Slot>,
+    slot: Option<Slot>,
 }
 
 impl H2Stream {
@@ -27,7 +28,41 @@ impl H2Stream {
         Self {
             send: RefCell::new(send),
             recv: RefCell::new(recv),
-            _slot: slot,
+            slot,
+        }
+    }
+
+    pub(super) const fn slot(&self) -> Option<&Slot> {
+        self.slot.as_ref()
+    }
+
+    /// What it tells its pooled tunnel.
+    fn share(&self) -> Option<&Share> {
+        self.slot().map(Slot::share)
+    }
+
+    fn send(&self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<Written, Error>> {
+        let mut send = self.send.borrow_mut();
+        let Some(chunk) = queue.front() else {
+            return Poll::Ready(Ok(Written::Bytes(0)));
+        };
+        loop {
+            send.reserve_capacity(chunk.len());
+            let bytes = send.capacity().min(chunk.len());
+            if bytes > 0 {
+                return Poll::Ready(match send.send_data(chunk.split_to(bytes), false) {
+                    Ok(()) => {
+                        queue.advance(0);
+                        Ok(Written::Bytes(bytes))
+                    }
+                    Err(_) => Self::closed(&mut send, cx),
+                });
+            }
+            match ready!(send.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(e)) => return Poll::Ready(Err(Error::stream(e))),
+                None => return Poll::Ready(Self::closed(&mut send, cx)),
+            }
         }
     }
 
@@ -58,7 +93,12 @@ impl Side for H2Stream {
         let mut recv = self.recv.borrow_mut();
         for frames in 0..FRAMES {
             match recv.poll_data(cx) {
-                Poll::Ready(Some(Ok(data))) => queue.push(data),
+                Poll::Ready(Some(Ok(data))) => {
+                    if let Some(share) = self.share() {
+                        share.received(data.len());
+                    }
+                    queue.push(data);
+                }
                 // Whatever this is will be there again.
                 _ if frames > 0 => return Poll::Ready(Ok(true)),
                 Poll::Ready(Some(Err(e))) => return Poll::Ready(Err(Error::stream(e))),
@@ -70,6 +110,9 @@ impl Side for H2Stream {
     }
 
     fn taken(&self, bytes: usize) {
+        if let Some(share) = self.share() {
+            share.delivered(bytes);
+        }
         // Fails only for more than was received, which would be a fault of ours without harm.
         if let Err(e) = self
             .recv
@@ -82,28 +125,11 @@ impl Side for H2Stream {
     }
 
     fn poll_give(&self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<Written, Error>> {
-        let mut send = self.send.borrow_mut();
-        let Some(chunk) = queue.front() else {
-            return Poll::Ready(Ok(Written::Bytes(0)));
-        };
-        loop {
-            send.reserve_capacity(chunk.len());
-            let bytes = send.capacity().min(chunk.len());
-            if bytes > 0 {
-                return Poll::Ready(match send.send_data(chunk.split_to(bytes), false) {
-                    Ok(()) => {
-                        queue.advance(0);
-                        Ok(Written::Bytes(bytes))
-                    }
-                    Err(_) => Self::closed(&mut send, cx),
-                });
-            }
-            match ready!(send.poll_capacity(cx)) {
-                Some(Ok(_)) => {}
-                Some(Err(e)) => return Poll::Ready(Err(Error::stream(e))),
-                None => return Poll::Ready(Self::closed(&mut send, cx)),
-            }
+        let given = self.send(cx, queue);
+        if let Some(share) = self.share() {
+            share.waits(given.is_pending());
         }
+        given
     }
 
     fn finish(&self) -> Result<(), Error> {

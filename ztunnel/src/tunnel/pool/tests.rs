@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use super::super::relay::Side as _;
 use super::super::testing::{
-    BANK, Bench, Frame, Network, Seen, accept_tls, bench, connect_request, permit, target, worker,
+    BANK, Bench, Frame, Network, Seen, accept_tls, bench, connect_request, give, permit, target,
+    worker,
 };
 use super::*;
 use crate::identity::testing::id;
@@ -532,6 +533,164 @@ async fn an_endless_idle_time_keeps_the_tunnel() {
         tokio::time::sleep(Duration::from_secs(60)).await;
         drop(open(&bench).await.unwrap());
         assert_eq!((bench.dials.get(), seen.closed.get()), (1, 0));
+    })
+    .await;
+}
+
+/// Port of a peer's application that never reads.
+const DEAF: u16 = 1;
+/// Port of one that sends without end.
+const LOUD: u16 = 2;
+
+impl Bench {
+    /// A peer with windows like ours and three applications; the third sends back what comes.
+    fn busy_peers(&mut self) {
+        let credentials = self.authority.credentials(&[BANK]);
+        let (_, empty) = tokio::sync::mpsc::unbounded_channel();
+        let mut far = std::mem::replace(&mut self.far, empty);
+        tokio::task::spawn_local(async move {
+            while let Some(io) = far.recv().await {
+                let tls = accept_tls(io, &credentials).await;
+                let mut builder = h2::server::Builder::new();
+                builder
+                    .initial_window_size(4 << 20)
+                    .initial_connection_window_size(16 << 20);
+                tokio::task::spawn_local(async move {
+                    let mut connection = builder.handshake(tls).await.unwrap();
+                    while let Some(Ok((request, respond))) = connection.accept().await {
+                        tokio::task::spawn_local(application(request, respond));
+                    }
+                });
+            }
+        });
+    }
+
+    async fn open_to(&self, port: u16) -> Opened {
+        let request = Request::connect(format!("10.0.0.9:{port}"));
+        let request = request.body(()).unwrap();
+        let opened = self.pool.open(&permit(), &target(), request).await;
+        opened.unwrap()
+    }
+}
+
+async fn application(
+    request: Request<h2::RecvStream>,
+    mut respond: h2::server::SendResponse<Bytes>,
+) {
+    let port = request.uri().port_u16().unwrap();
+    let mut recv = request.into_body();
+    let mut send = respond.send_response(Response::new(()), false).unwrap();
+    match port {
+        DEAF => drop(std::future::poll_fn(|cx| send.poll_reset(cx)).await),
+        LOUD => while give(&mut send, Bytes::from(vec![7; 1 << 16])).await.is_ok() {},
+        _ => {
+            while let Some(Ok(data)) = recv.data().await {
+                recv.flow_control().release_capacity(data.len()).unwrap();
+                give(&mut send, data).await.unwrap();
+            }
+        }
+    }
+}
+
+/// Sends for ever.
+async fn upload(opened: Opened) {
+    let mut queue = super::super::buffer::Queue::default();
+    loop {
+        queue.push(Bytes::from(vec![7; 1 << 16]));
+        while !queue.is_empty() {
+            let given = std::future::poll_fn(|cx| opened.stream.poll_give(cx, &mut queue)).await;
+            given.unwrap();
+        }
+    }
+}
+
+/// Takes what comes and delivers none of it, as for a client that does not read.
+async fn download(opened: Opened) {
+    let mut queue = super::super::buffer::Queue::default();
+    loop {
+        let taken = std::future::poll_fn(|cx| opened.stream.poll_take(cx, &mut queue)).await;
+        assert!(taken.unwrap());
+    }
+}
+
+impl H2Stream {
+    fn tunnel(&self) -> &Tunnel {
+        &self.slot().unwrap().tunnel
+    }
+}
+
+fn load(bench: &Bench) -> Rc<Load> {
+    Rc::clone(&bench.pool.shared.groups.borrow()[&target()].tunnels[0].load)
+}
+
+#[tokio::test(start_paused = true)]
+async fn uploads_that_nobody_reads_stop_no_other_connection() {
+    worker(async {
+        let mut bench = bench(Params::default());
+        bench.busy_peers();
+        let mut uploads = Vec::new();
+        for _ in 0..6 {
+            let opened = bench.open_to(DEAF).await;
+            uploads.push(tokio::task::spawn_local(upload(opened)));
+        }
+        let load = load(&bench);
+        until(|| load.stalled() == 6).await;
+        let fresh = bench.open_to(80).await;
+        let echo = timeout(Duration::from_secs(1), echoes(&fresh, b"hello"));
+        echo.await.unwrap().unwrap();
+        assert_eq!(bench.dials.get(), 2);
+        // The second serves until it is busy too; the first does again once it is not.
+        drop(bench.open_to(80).await);
+        assert_eq!(bench.dials.get(), 2);
+        uploads.iter().for_each(tokio::task::JoinHandle::abort);
+        until(|| load.stalled() == 0).await;
+        let again = bench.open_to(80).await;
+        assert!(Rc::ptr_eq(&again.stream.tunnel().load, &load));
+        echoes(&again, b"hello").await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn downloads_that_nobody_reads_stop_no_other_connection() {
+    worker(async {
+        let mut bench = bench(Params::default());
+        bench.busy_peers();
+        let mut downloads = Vec::new();
+        for _ in 0..6 {
+            let opened = bench.open_to(LOUD).await;
+            downloads.push(tokio::task::spawn_local(download(opened)));
+        }
+        let window = Params::default().connection_window_bytes;
+        let load = load(&bench);
+        until(|| load.is_busy(window)).await;
+        let fresh = bench.open_to(80).await;
+        let echo = timeout(Duration::from_secs(1), echoes(&fresh, b"hello"));
+        echo.await.unwrap().unwrap();
+        downloads.iter().for_each(tokio::task::JoinHandle::abort);
+        until(|| !load.is_busy(window)).await;
+        let again = bench.open_to(80).await;
+        assert!(Rc::ptr_eq(&again.stream.tunnel().load, &load));
+        echoes(&again, b"hello").await.unwrap();
+    })
+    .await;
+}
+
+/// Standing still is no way to make us open tunnels without end.
+#[tokio::test(start_paused = true)]
+async fn streams_that_stand_still_open_only_so_many_tunnels() {
+    worker(async {
+        let mut bench = bench(Params::default());
+        bench.busy_peers();
+        for number in 1..=4 * BUSY_TUNNELS {
+            let opened = bench.open_to(DEAF).await;
+            let load = Rc::clone(&opened.stream.tunnel().load);
+            let before = load.stalled();
+            tokio::task::spawn_local(upload(opened));
+            until(|| load.stalled() > before).await;
+            let dials = number.div_ceil(3).min(BUSY_TUNNELS);
+            assert_eq!(bench.dials.get(), dials, "{number} streams");
+        }
     })
     .await;
 }
