@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
@@ -99,6 +99,21 @@ impl Credentials {
     #[must_use]
     pub const fn not_after(&self) -> SystemTime {
         self.not_after
+    }
+
+    /// How long this certificate and the leaf of a verified peer are both valid, by the clock that
+    /// verification goes by. A tunnel must not take streams for longer.
+    // PROTOCOL.md#certificate-expiry
+    #[must_use]
+    pub fn valid_with(&self, peer: &[CertificateDer<'_>]) -> Duration {
+        let Some(now) = self.server.time_provider.current_time() else {
+            return Duration::ZERO;
+        };
+        let theirs = validity(&self.id, peer).map(|(_, not_after)| not_after);
+        let end = theirs.map_or(SystemTime::UNIX_EPOCH, |theirs| theirs.min(self.not_after));
+        end.duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default()
+            .saturating_sub(Duration::from_secs(now.as_secs()))
     }
 
     /// For accepting tunnels: the peer must prove an identity in our trust domain.

@@ -1,6 +1,7 @@
 //! One tunnel from this side. Takes a place to go, gives a connected, verified HTTP/2 connection
 //! and keeps it running; never chooses what goes over it.
 
+use std::convert::Infallible;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -31,6 +32,8 @@ pub(super) struct Connected<T> {
     open: Open,
     connection: Http2<T>,
     keepalive: Keepalive,
+    /// Until one of the two certificates expires.
+    valid: Duration,
 }
 
 /// Connects, verifies and greets the peer; each step has a deadline.
@@ -69,7 +72,9 @@ pub(super) async fn connect<D: Dial>(
         return Err(Error::TlsTimedOut(params.tls_timeout));
     };
     let tls = tls.map_err(|e| Error::Tls(Arc::new(e)))?;
-    let proven = peer_identities(tls.get_ref().1.peer_certificates().unwrap_or_default());
+    let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
+    let valid = credentials.valid_with(chain);
+    let proven = peer_identities(chain);
     let peer = proven.into_iter().find(|id| target.expected.contains(id));
     let Some(peer) = peer else {
         // Verification has seen it; whoever changes that finds the door closed.
@@ -86,6 +91,7 @@ pub(super) async fn connect<D: Dial>(
         open: Open { sender, peer },
         connection,
         keepalive,
+        valid,
     })
 }
 
@@ -109,6 +115,7 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
         open,
         mut connection,
         mut keepalive,
+        valid,
     } = match connected {
         Ok(connected) => connected,
         Err(error) => return tunnel.fail(error),
@@ -121,6 +128,7 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
         end = exchange(&mut connection, registered, params) => end,
         () = poll_fn(|cx| keepalive.poll(cx)) => Err(Error::Unanswered(params.ping_timeout)),
         () = release(tunnel, params, &mut orders) => Ok(()),
+        never = expire(tunnel, valid) => match never {},
     };
     match end {
         // Released, or closed by the peer: what it still carries may finish.
@@ -161,6 +169,14 @@ async fn exchange<T: AsyncRead + AsyncWrite + Unpin>(
         told => registered.settle(told),
     }
     connection.await.map_err(ended)
+}
+
+/// Sends new streams elsewhere when a certificate has expired, as after a goodbye from the peer.
+// PROTOCOL.md#certificate-expiry
+async fn expire(tunnel: &Tunnel, valid: Duration) -> Infallible {
+    sleep(valid).await;
+    tunnel.retire();
+    std::future::pending().await
 }
 
 /// Waits until the tunnel has carried nothing for long enough, or carries nothing in a drain.

@@ -4,6 +4,7 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 use std::{fmt, io};
 
 use bytes::Bytes;
@@ -28,6 +29,8 @@ pub struct Accepted<T> {
     /// Who is at the other end; mutual TLS proved it.
     pub peer: SpiffeId,
     io: TlsStream<T>,
+    /// Until one of the two certificates expires.
+    valid: Duration,
 }
 
 impl<T> fmt::Debug for Accepted<T> {
@@ -57,12 +60,14 @@ pub async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
         // Verification has seen one; whoever changes that finds the door closed.
         return Err(Error::Tls(Arc::new(io::ErrorKind::PermissionDenied.into())));
     };
-    Ok(Accepted { peer, io })
+    let valid = credentials.valid_with(chain);
+    Ok(Accepted { peer, io, valid })
 }
 
 /// Serves one tunnel until the peer closes it or the drain ends it: calls `on_request`, which must
-/// not block, for each CONNECT (or whatever else the peer asks). A graceful drain tells the peer
-/// to open no more streams and serves those that are open or were on their way.
+/// not block, for each CONNECT (or whatever else the peer asks). A graceful drain, or a
+/// certificate that expires, tells the peer to open no more streams; those that are open or were
+/// on their way are served.
 ///
 /// # Errors
 /// When the peer breaks the protocol, dies, or stays silent.
@@ -80,7 +85,13 @@ where
     let mut connection = preface(Watched::new(accepted.io, life.clone()), params).await?;
     let mut keepalive = Keepalive::new(connection.ping_pong(), life, params);
     let mut orders = drain.clone();
-    let mut graceful = std::pin::pin!(async { orders.graceful().await });
+    // PROTOCOL.md#certificate-expiry
+    let mut graceful = std::pin::pin!(async {
+        tokio::select! {
+            () = orders.graceful() => {}
+            () = tokio::time::sleep(accepted.valid) => {}
+        }
+    });
     let mut draining = false;
     loop {
         tokio::select! {
@@ -201,7 +212,7 @@ async fn end<T: AsyncRead + AsyncWrite + Unpin>(connection: &mut Http2<T>) {
 }
 
 /// For the last frames of a tunnel that is ended by force.
-const LAST_FRAMES: std::time::Duration = std::time::Duration::from_millis(250);
+const LAST_FRAMES: Duration = Duration::from_millis(250);
 
 #[cfg(test)]
 mod tests;

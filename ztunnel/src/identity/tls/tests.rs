@@ -5,8 +5,6 @@
     reason = "a test runs one of them and then ends"
 )]
 
-use std::time::Duration;
-
 use rcgen::ExtendedKeyUsagePurpose;
 use rustls::NamedGroup;
 use rustls_pki_types::ServerName;
@@ -436,6 +434,26 @@ async fn a_peer_that_knows_only_an_older_group_is_served() {
         let shaken = shake(Arc::new(config), bank.server_config()).await;
         assert_eq!(shaken.client.unwrap().1, Some(group.name()));
     }
+}
+
+#[test]
+fn two_certificates_are_valid_together_until_the_first_expires() {
+    let authority = Authority::new();
+    let now = wall_clock();
+    let lasting = |seconds| {
+        let leaf = authority.leaf(Leaf {
+            uris: &[CART],
+            not_after: now + Duration::from_secs(seconds),
+            ..Leaf::default()
+        });
+        Credentials::new(CART.parse().unwrap(), leaf).unwrap()
+    };
+    let (short, long) = (lasting(1000), lasting(2000));
+    for (ours, theirs) in [(&short, &long), (&long, &short)] {
+        let valid = ours.valid_with(theirs.chain()).as_secs();
+        assert!((990..=1001).contains(&valid), "{valid}");
+    }
+    assert_eq!(long.valid_with(&[]), Duration::ZERO);
 }
 
 #[test]

@@ -221,6 +221,27 @@ async fn goodbye_from_the_peer_means_a_new_tunnel_while_old_streams_finish() {
     .await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_whose_certificate_expired_takes_no_more_streams() {
+    worker(async {
+        let mut bench = bench(Params::default());
+        let seen = bench.echo_peers(plain, 200);
+        let old = open(&bench).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(3500)).await;
+        drop(open(&bench).await.unwrap());
+        assert_eq!(bench.dials.get(), 1);
+        tokio::time::sleep(Duration::from_secs(101)).await;
+        let new = open(&bench).await.unwrap();
+        assert_eq!(bench.dials.get(), 2);
+        echoes(&old, b"old").await.unwrap();
+        echoes(&new, b"new").await.unwrap();
+        drop(old);
+        until(|| seen.closed.get() == 1).await;
+        echoes(&new, b"new").await.unwrap();
+    })
+    .await;
+}
+
 /// Behaviour 28.
 #[tokio::test(start_paused = true)]
 async fn an_idle_tunnel_is_released_and_a_used_one_is_not() {

@@ -7,7 +7,6 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::Duration;
 
 use h2::client::SendRequest;
 use rustls_pki_types::ServerName;
@@ -281,6 +280,35 @@ async fn a_graceful_drain_says_goodbye_and_serves_what_is_open() {
         assert!(answer.data().await.unwrap().unwrap().is_empty());
         assert!(answer.is_end_stream());
         drop((kept, answer, send));
+        served.end.await.unwrap().unwrap();
+        assert!(connection.await.is_ok());
+    })
+    .await;
+}
+
+/// Its certificate is what proves who the peer is: nothing new for one that has expired.
+#[tokio::test(start_paused = true)]
+async fn a_peer_whose_certificate_expires_gets_a_goodbye() {
+    worker(async {
+        let served = serve_one().await;
+        let (sender, connection) = client(served.tls).await;
+        let (_, mut send) = sender
+            .clone()
+            .send_request(connect_request(), false)
+            .unwrap();
+        let kept = next(&served.requests).await;
+        let kept = kept.accept(Response::new(())).unwrap();
+        tokio::time::sleep(Duration::from_secs(3500)).await;
+        sender.clone().ready().await.unwrap();
+        tokio::time::sleep(Duration::from_secs(101)).await;
+        assert!(sender.clone().ready().await.is_err());
+        give(&mut send, Bytes::from_static(b"still here"))
+            .await
+            .unwrap();
+        let mut queue = super::super::buffer::Queue::default();
+        assert!(poll_fn(|cx| kept.poll_take(cx, &mut queue)).await.unwrap());
+        assert!(!served.end.is_finished());
+        drop((kept, send));
         served.end.await.unwrap().unwrap();
         assert!(connection.await.is_ok());
     })
