@@ -97,7 +97,9 @@ impl LocalCa {
             id: id.clone(),
             source: Arc::new(source),
         };
-        let not_after = self.not_after.min(now + ttl);
+        // A life that no clock can represent ends with the root's, like every one that is too long.
+        let end = now.checked_add(ttl);
+        let not_after = end.map_or(self.not_after, |end| end.min(self.not_after));
         if not_after <= now {
             return Err(Error::CaExpired(self.path.clone()));
         }

@@ -123,6 +123,11 @@ fn a_leaf_never_outlives_its_root() {
     let issued = ca.sign(&id("cart"), late, DAY).unwrap();
     let credentials = Credentials::new(id("cart"), issued, Versions::Only13).unwrap();
     assert!(credentials.not_after() <= ca.not_after);
+    for ttl in [Duration::MAX, DAY * 1_000_000] {
+        let issued = ca.sign(&id("cart"), wall_clock(), ttl).unwrap();
+        let credentials = Credentials::new(id("cart"), issued).unwrap();
+        assert_eq!(credentials.not_after(), ca.not_after);
+    }
     let error = ca.sign(&id("cart"), ca.not_after, DAY).unwrap_err();
     assert!(matches!(error, Error::CaExpired(_)), "{error}");
 }
