@@ -2,8 +2,8 @@
 //! belong together on disk; never parses them.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,25 +73,14 @@ impl Directory {
     /// Both files, or `None` when neither is there.
     fn load(&self) -> Result<Option<Pair>, Error> {
         let (certificate, key) = (self.certificate(), self.key());
-        let key_text = read(&key)?;
-        let certificate_text = read(&certificate)?;
+        self.check()?;
+        let key_text = read(&key, |file| private(&key, file))?;
+        let certificate_text = read(&certificate, |file| ours(&certificate, file))?;
         match (certificate_text, key_text) {
-            (Some(certificate), Some(key_text)) => {
-                let mode = fs::metadata(&key)
-                    .map_err(|e| failed("inspect", &key, e))?
-                    .permissions()
-                    .mode();
-                if mode & 0o077 != 0 {
-                    return Err(Error::CaKeyExposed {
-                        path: key,
-                        mode: mode & 0o7777,
-                    });
-                }
-                Ok(Some(Pair {
-                    certificate,
-                    key: key_text,
-                }))
-            }
+            (Some(certificate), Some(key_text)) => Ok(Some(Pair {
+                certificate,
+                key: key_text,
+            })),
             (None, None) => Ok(None),
             (Some(_), None) => Err(Error::CaIncomplete {
                 present: certificate,
@@ -102,6 +91,25 @@ impl Directory {
                 missing: certificate,
             }),
         }
+    }
+
+    /// Nobody else may put a pair there. Where the sticky bit is set others can add files, but not
+    /// replace ours, and what they add is not ours.
+    fn check(&self) -> Result<(), Error> {
+        let directory = match fs::metadata(&self.path) {
+            Ok(directory) => directory,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(failed("inspect", &self.path, e)),
+        };
+        ours(&self.path, &directory)?;
+        let mode = directory.mode() & 0o7777;
+        if mode & 0o022 != 0 && mode & 0o1000 == 0 {
+            return Err(Error::CaDirectoryExposed {
+                path: self.path.clone(),
+                mode,
+            });
+        }
+        Ok(())
     }
 
     /// Writes both, synced, under other names, then renames the key and last the certificate.
@@ -163,13 +171,60 @@ impl Directory {
     }
 }
 
-/// The text of a file, or `None` when there is none.
-fn read(path: &Path) -> Result<Option<String>, Error> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(failed("read", path, e)),
+/// The text of a file that `check` accepts, or `None` when there is none. What is checked is what
+/// is read, whatever the name becomes meanwhile; neither a pipe nor an endless file holds it up.
+fn read(
+    path: &Path,
+    check: impl FnOnce(&fs::Metadata) -> Result<(), Error>,
+) -> Result<Option<String>, Error> {
+    let wrong = |e| failed("read", path, e);
+    let open = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    let file = match open {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(wrong(e)),
+    };
+    let found = file.metadata().map_err(wrong)?;
+    if !found.is_file() {
+        let e = io::Error::new(io::ErrorKind::InvalidData, "not a regular file");
+        return Err(wrong(e));
     }
+    check(&found)?;
+    let mut text = String::new();
+    let mut file = file.take(FILE_BYTES + 1);
+    file.read_to_string(&mut text).map_err(wrong)?;
+    if file.limit() == 0 {
+        let e = io::Error::new(io::ErrorKind::InvalidData, "larger than 1 MiB");
+        return Err(wrong(e));
+    }
+    Ok(Some(text))
+}
+
+/// Only root and we may decide what is in it.
+fn ours(path: &Path, found: &fs::Metadata) -> Result<(), Error> {
+    let owner = found.uid();
+    if owner == 0 || owner == nix::unistd::geteuid().as_raw() {
+        return Ok(());
+    }
+    Err(Error::CaOwnedByOther {
+        path: path.to_owned(),
+        owner,
+    })
+}
+
+fn private(path: &Path, found: &fs::Metadata) -> Result<(), Error> {
+    ours(path, found)?;
+    let mode = found.mode() & 0o7777;
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    Err(Error::CaKeyExposed {
+        path: path.to_owned(),
+        mode,
+    })
 }
 
 fn write_synced(path: &Path, text: &str) -> Result<(), Error> {
@@ -222,6 +277,8 @@ fn failed(doing: &'static str, path: &Path, source: io::Error) -> Error {
 
 const DIRECTORY_MODE: u32 = 0o700;
 const KEY_MODE: u32 = 0o600;
+/// More than any pair and its further roots need.
+const FILE_BYTES: u64 = 1 << 20;
 const LOCK: &str = ".lock";
 const NEW_CERTIFICATE: &str = ".root-cert.pem.new";
 const NEW_KEY: &str = ".root-key.pem.new";

@@ -22,6 +22,14 @@ pub enum Error {
         .0.display()
     )]
     CaExpired(PathBuf),
+    /// Others can put files into the directory of the CA.
+    #[error("{} can be written by group or others (mode {mode:04o}): chmod go-w it, and replace the pair if it may have been exchanged", path.display())]
+    CaDirectoryExposed {
+        /// The directory.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
     /// A file of the CA is not what its name says.
     #[error("{} is not a PEM {expected}: restore it, or remove the whole pair to create a new root", path.display())]
     CaGarbage {
@@ -69,6 +77,14 @@ pub enum Error {
     /// Another process holds the lock of the directory.
     #[error("{} stays locked by another process that creates a root: end that process", .0.display())]
     CaLocked(PathBuf),
+    /// A file or the directory of the CA belongs to somebody else.
+    #[error("{} belongs to user {owner}: chown it to root or to the user that runs this process", path.display())]
+    CaOwnedByOther {
+        /// The file or the directory.
+        path: PathBuf,
+        /// Its user id.
+        owner: u32,
+    },
     /// The certificate may not sign others.
     #[error("{} may not sign certificates: it needs CA:TRUE and, if it has a key usage, keyCertSign", .0.display())]
     CaNotAuthority(PathBuf),
@@ -131,7 +147,8 @@ pub enum Error {
 impl ToReason for Error {
     fn to_reason(&self) -> Reason {
         match self {
-            Self::CaExpired(_)
+            Self::CaDirectoryExposed { .. }
+            | Self::CaExpired(_)
             | Self::CaGarbage { .. }
             | Self::CaIncomplete { .. }
             | Self::CaIo { .. }
@@ -139,6 +156,7 @@ impl ToReason for Error {
             | Self::CaKeyMismatch { .. }
             | Self::CaLocked(_)
             | Self::CaNotAuthority(_)
+            | Self::CaOwnedByOther { .. }
             | Self::CaSign { .. }
             | Self::CaUnusable { .. }
             | Self::Credentials { .. }

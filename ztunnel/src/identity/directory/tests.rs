@@ -1,5 +1,6 @@
 //! The directory of an authority: modes, races and broken files.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -127,6 +128,77 @@ fn a_key_that_others_can_read_is_refused() {
         assert!(
             text.contains("root-key.pem") && text.contains("chmod 600"),
             "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_directory_that_others_can_write_is_refused() {
+    for (mode, good) in [
+        (0o775, false),
+        (0o707, false),
+        (0o777, false),
+        (0o755, true),
+        (0o1777, true),
+    ] {
+        for new in [true, false] {
+            let scratch = Scratch::new();
+            let directory = Directory::new(scratch.path());
+            if !new {
+                directory.load_or_create(|| Ok(pair("one"))).unwrap();
+            }
+            fs::set_permissions(scratch.path(), fs::Permissions::from_mode(mode)).unwrap();
+            let loaded = directory.load_or_create(|| Ok(pair("one")));
+            assert_eq!(loaded.is_ok(), good, "{mode:o}");
+            if let Err(error) = loaded {
+                let exposed =
+                    matches!(error, Error::CaDirectoryExposed { mode: m, .. } if m == mode);
+                assert!(exposed, "{error}");
+                assert!(error.to_string().contains("chmod go-w"), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pipe_a_device_and_an_endless_file_are_refused_at_once() {
+    let scratch = Scratch::new();
+    let directory = Directory::new(scratch.path());
+    directory.load_or_create(|| Ok(pair("one"))).unwrap();
+    let certificate = directory.certificate();
+    let refused = || {
+        let error = directory.load_or_create(never).err().unwrap();
+        assert!(matches!(error, Error::CaIo { .. }), "{error}");
+        assert!(error.to_string().contains("root-cert.pem"), "{error}");
+        fs::remove_file(&certificate).unwrap();
+    };
+    fs::remove_file(&certificate).unwrap();
+    let mode = nix::sys::stat::Mode::from_bits_truncate(0o600);
+    nix::unistd::mkfifo(&certificate, mode).unwrap();
+    refused();
+    std::os::unix::fs::symlink("/dev/zero", &certificate).unwrap();
+    refused();
+    let file = File::create(&certificate).unwrap();
+    file.set_len(FILE_BYTES + 1).unwrap();
+    refused();
+    let file = File::create(&certificate).unwrap();
+    file.set_len(FILE_BYTES).unwrap();
+    assert!(directory.load_or_create(never).is_ok());
+}
+
+#[test]
+fn only_root_and_we_own_what_counts() {
+    let scratch = Scratch::new();
+    let found = fs::metadata(scratch.path()).unwrap();
+    ours(scratch.path(), &found).unwrap();
+    ours(Path::new("/"), &fs::metadata("/").unwrap()).unwrap();
+    // Only root can make another the owner; as anybody else there is nothing to show.
+    if std::os::unix::fs::chown(scratch.path(), Some(12_345), None).is_ok() {
+        let error = Directory::new(scratch.path()).load_or_create(never);
+        let error = error.err().unwrap();
+        assert!(
+            matches!(error, Error::CaOwnedByOther { owner: 12_345, .. }),
+            "{error}"
         );
     }
 }
