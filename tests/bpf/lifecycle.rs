@@ -277,6 +277,25 @@ fn the_nodes_own_namespace_is_never_enrolled() {
 }
 
 #[test]
+fn a_pod_of_another_node_process_is_refused_and_left_as_it_was() {
+    let (world, other) = (World::new(), World::new());
+    let first = world.enrolled(&settings());
+    let before = world.configuration();
+    let capture = other.start();
+    let refused = capture.enrol(&world.netns(), &settings()).unwrap_err();
+    assert!(matches!(refused, Error::PodTaken), "{refused}");
+    assert_eq!(world.configuration(), before);
+    assert_eq!(capture.enrolled().unwrap(), []);
+    let client = world.pod_connects(at(PEER4, PORT));
+    accept(&first.listeners.outbound);
+    drop(client.join().unwrap().unwrap());
+    // Without the other it is anybody's.
+    first.capture.release(first.pod.cookie()).unwrap();
+    let (pod, _listeners) = capture.enrol(&world.netns(), &settings()).unwrap();
+    capture.release(pod.cookie()).unwrap();
+}
+
+#[test]
 fn two_node_processes_share_a_kernel() {
     let (one, other) = (World::new(), World::new());
     let (first, second) = (one.enrolled(&settings()), other.enrolled(&settings()));

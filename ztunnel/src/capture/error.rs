@@ -58,6 +58,8 @@ pub enum Error {
     NetnsCookie(#[source] io::Error),
     #[error("enter the network namespace")]
     NetnsEnter(#[source] io::Error),
+    #[error("ask for the programs in the pod's network namespace")]
+    NetnsPrograms(#[source] io::Error),
     #[error("open the network namespace {path}")]
     NetnsOpen { path: PathBuf, source: io::Error },
     #[error("the network namespace is the node's own; host-network pods are not enrolled")]
@@ -77,6 +79,11 @@ pub enum Error {
     PinsTaken { path: PathBuf },
     #[error("pin a link at {path}")]
     PinLink { path: PathBuf, source: PinError },
+    #[error(
+        "another node process captures this pod, its pins are elsewhere; release them: BPF_PIN_DIR=... \
+         ztunnel release"
+    )]
+    PodTaken,
     #[error("{pods} pods are enrolled already, which is the limit")]
     PodsFull { pods: u32 },
     #[error("eBPF program {name}")]

@@ -1,8 +1,9 @@
 //! One pod's capture: takes its namespace and settings, gives listeners, a dialer and a way to change
 //! the settings. It never captures a connection before somebody can accept it.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, thread, time::Duration};
 
+use aya::programs::loaded_programs;
 use ebpf_abi::InboundRules;
 
 use super::{
@@ -10,7 +11,7 @@ use super::{
     bpf::{self, Node, State},
     listen,
     maps::{POD_MAPS, PodMaps},
-    pins, route,
+    pins, route, sys,
 };
 
 /// A pod that this process captures. Dropping it changes nothing; [`super::Capture::release`] does.
@@ -33,6 +34,7 @@ impl PodCapture {
         let mut state = node.lock();
         let dir = node.generation.pod(cookie);
         let known = dir.exists();
+        refuse_taken(netns, &dir)?;
         let turned_on = route::install(netns)?;
         let (listeners, ports_displaced) = listen::open(netns, node.workers)?;
         let base = InboundRules {
@@ -115,6 +117,30 @@ impl PodCapture {
     }
 }
 
+// PROTOCOL.md#pod-taken
+/// Two node processes in one pod would take turns: the last one attached wins, and a release of either
+/// opens the pod. Programs of others are no matter: ours overrules them.
+fn refuse_taken(netns: &Netns, dir: &Path) -> Result<(), Error> {
+    for _ in 0..TRIES {
+        let own = pins::link(&dir.join(pins::LINK))?.and_then(|link| sys::link_program(link).ok());
+        let attached = sys::netns_sk_lookups(netns.file()).map_err(Error::NetnsPrograms)?;
+        let mut others = attached.iter().filter(|id| Some(**id) != own).peekable();
+        if others.peek().is_none() || !others.any(|id| is_ztunnel(*id)) {
+            return Ok(());
+        }
+        // The kernel detaches a link some time after its last pin went.
+        thread::sleep(PAUSE);
+    }
+    Err(Error::PodTaken)
+}
+
+/// Whether a program that is loaded has the name of ours. A search, for there is no way by number.
+fn is_ztunnel(id: u32) -> bool {
+    loaded_programs().filter_map(Result::ok).any(|program| {
+        program.id() == id && program.name_as_str() == Some(ebpf_abi::program::SK_LOOKUP)
+    })
+}
+
 /// A pod's directory in the making.
 struct Entry<'a> {
     node: &'a Node,
@@ -181,7 +207,7 @@ fn swap_or_attach(
         .map_err(Error::program(ebpf_abi::program::SK_LOOKUP))?;
     match pins::swap(&old.join(pins::LINK), fd)? {
         Some(_) if old == dir => Ok(()),
-        Some(link) => super::sys::object_pin(link, &pin).map_err(Error::pin(&pin)),
+        Some(link) => sys::object_pin(link, &pin).map_err(Error::pin(&pin)),
         None => bpf::attach_sk_lookup(program, netns, &pin),
     }
 }
@@ -200,3 +226,7 @@ fn undo(node: &Node, state: &mut State, netns: &Netns, turned_on: u32) {
         tracing::warn!(%cookie, %error, "cannot take back a failed enrolment");
     }
 }
+
+/// Together half a second.
+const TRIES: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(25);

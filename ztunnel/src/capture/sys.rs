@@ -99,6 +99,34 @@ pub(super) fn link_detach(link: impl AsFd) -> io::Result<()> {
 
 /// The inode of the network namespace that a link is attached to; 0 when that is gone.
 pub(super) fn link_netns_inode(link: impl AsFd) -> io::Result<u32> {
+    link_info(link).map(|info| info.netns_inode)
+}
+
+/// The number of the program on a link to a network namespace.
+pub(super) fn link_program(link: impl AsFd) -> io::Result<u32> {
+    link_info(link).map(|info| info.program)
+}
+
+/// The numbers of the `sk_lookup` programs of a network namespace.
+pub(super) fn netns_sk_lookups(netns: impl AsFd) -> io::Result<Vec<u32>> {
+    let mut programs = vec![0_u32; MAX_ATTACHED];
+    let mut attr = QueryAttr {
+        target: netns.as_fd().as_raw_fd(),
+        attach_type: BPF_SK_LOOKUP,
+        query_flags: 0,
+        attach_flags: 0,
+        programs: programs.as_mut_ptr(),
+        count: u32::try_from(programs.len()).map_err(io::Error::other)?,
+        padding: 0,
+    };
+    // SAFETY: `programs` outlives the call and has room for `count` numbers. The kernel writes
+    // into `attr` too, which is borrowed for writing.
+    unsafe { bpf(BPF_PROG_QUERY, &raw mut attr) }?;
+    programs.truncate(usize::try_from(attr.count).map_err(io::Error::other)?);
+    Ok(programs)
+}
+
+fn link_info(link: impl AsFd) -> io::Result<LinkInfo> {
     let mut info = LinkInfo::default();
     let attr = InfoAttr {
         fd: link.as_fd().as_raw_fd(),
@@ -108,7 +136,7 @@ pub(super) fn link_netns_inode(link: impl AsFd) -> io::Result<u32> {
     // SAFETY: `info` outlives the call and is `length` bytes long.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &attr) }?;
     if info.kind == BPF_LINK_TYPE_NETNS {
-        Ok(info.netns_inode)
+        Ok(info)
     } else {
         Err(io::Error::new(
             io::ErrorKind::InvalidData,
@@ -158,7 +186,7 @@ pub(super) fn socket_netns_cookie(socket: impl AsFd) -> io::Result<u64> {
 
 /// # Safety
 /// Every pointer in `attr` is valid for what `command` does with it, for the time of the call.
-unsafe fn bpf<T>(command: c_int, attr: &T) -> io::Result<c_long> {
+unsafe fn bpf<T>(command: c_int, attr: *const T) -> io::Result<c_long> {
     // SAFETY: `attr` is a prefix of `union bpf_attr` of the length given; the kernel takes the rest for
     // zero. What it points to is the caller's promise.
     // JUSTIFICATION: the C library has no wrapper.
@@ -166,7 +194,7 @@ unsafe fn bpf<T>(command: c_int, attr: &T) -> io::Result<c_long> {
         libc::syscall(
             libc::SYS_bpf,
             command,
-            std::ptr::from_ref(attr).cast::<c_void>(),
+            attr.cast::<c_void>(),
             size_of::<T>(),
         )
     };
@@ -216,6 +244,17 @@ struct InfoAttr {
 }
 
 #[repr(C)]
+struct QueryAttr {
+    target: RawFd,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    programs: *mut u32,
+    count: u32,
+    padding: u32,
+}
+
+#[repr(C)]
 struct MapUpdateAttr {
     map: RawFd,
     padding: u32,
@@ -244,8 +283,12 @@ const BPF_MAP_UPDATE_ELEM: c_int = 2;
 const BPF_OBJ_PIN: c_int = 6;
 const BPF_OBJ_GET: c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: c_int = 15;
+const BPF_PROG_QUERY: c_int = 16;
 const BPF_LINK_CREATE: c_int = 28;
 const BPF_LINK_UPDATE: c_int = 29;
 const BPF_LINK_DETACH: c_int = 34;
+const BPF_SK_LOOKUP: u32 = 36;
+/// The kernel attaches no more to one namespace.
+const MAX_ATTACHED: usize = 64;
 const BPF_LINK_TYPE_NETNS: u32 = 5;
 const SO_NETNS_COOKIE: c_int = 71;
