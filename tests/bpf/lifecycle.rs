@@ -277,6 +277,27 @@ fn the_nodes_own_namespace_is_never_enrolled() {
 }
 
 #[test]
+fn a_pipe_in_the_place_of_a_namespace_holds_nobody() {
+    let pipe = std::env::temp_dir().join(format!("ztbpf{}-pipe", std::process::id()));
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let refused = Netns::open(&pipe).unwrap_err();
+    fs::remove_file(&pipe).unwrap();
+    assert!(matches!(refused, Error::NetnsOpen { .. }), "{refused}");
+}
+
+#[test]
+fn a_namespace_is_gone_only_from_a_path_that_can_be_looked_at() {
+    let world = World::new();
+    let netns = world.netns();
+    let path = world.pod_path();
+    assert!(netns.still_at(&path));
+    assert!(!netns.still_at(&path.with_extension("missing")));
+    assert!(!netns.still_at(&path.join("below")));
+    assert!(!netns.still_at(&PathBuf::from("/run/netns").join(world.peer())));
+    assert!(netns.still_at(&PathBuf::from("/").join("x".repeat(300))));
+}
+
+#[test]
 fn a_pod_of_another_node_process_is_refused_and_left_as_it_was() {
     let (world, other) = (World::new(), World::new());
     let first = world.enrolled(&settings());

@@ -6,12 +6,15 @@ use std::{
     fs::{self, File},
     io,
     num::NonZeroU32,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     process, thread,
 };
 
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::statfs::{NSFS_MAGIC, fstatfs},
+};
 use socket2::{Domain, Socket, Type};
 
 use super::{Error, sys};
@@ -21,6 +24,7 @@ use super::{Error, sys};
 pub struct Netns {
     namespace: File,
     home: File,
+    device: u64,
     inode: u64,
     cookie: NetnsCookie,
 }
@@ -39,13 +43,27 @@ impl Netns {
             path: path.to_path_buf(),
             source,
         };
-        let namespace = File::open(path).map_err(at_path)?;
+        // Nonblocking: whatever else may be there, a pipe for one, must not hold us.
+        let namespace = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(at_path)?;
+        let found = fstatfs(&namespace).map_err(|error| at_path(error.into()))?;
+        if found.filesystem_type() != NSFS_MAGIC {
+            return Err(at_path(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a namespace",
+            )));
+        }
         let home = File::open(HOME).map_err(Error::NetnsEnter)?;
-        let inode = namespace.metadata().map_err(at_path)?.ino();
+        let metadata = namespace.metadata().map_err(at_path)?;
+        let (device, inode) = (metadata.dev(), metadata.ino());
         let home_inode = home.metadata().map_err(Error::NetnsEnter)?.ino();
         let mut netns = Self {
             namespace,
             home,
+            device,
             inode,
             cookie: NetnsCookie(0),
         };
@@ -93,9 +111,16 @@ impl Netns {
         self.cookie
     }
 
-    /// Whether `path` still leads to this namespace.
+    /// Whether `path` still leads to this namespace. A path that cannot be looked at says nothing, and
+    /// counts as if it did.
     pub fn still_at(&self, path: &Path) -> bool {
-        fs::metadata(path).is_ok_and(|metadata| metadata.ino() == self.inode)
+        match fs::metadata(path) {
+            Ok(metadata) => (metadata.dev(), metadata.ino()) == (self.device, self.inode),
+            Err(error) => !matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ),
+        }
     }
 
     /// Runs `inside` on this thread, inside the namespace (about 8 µs there and back). It must not
