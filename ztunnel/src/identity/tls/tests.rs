@@ -446,7 +446,7 @@ fn two_certificates_are_valid_together_until_the_first_expires() {
             not_after: now + Duration::from_secs(seconds),
             ..Leaf::default()
         });
-        Credentials::new(CART.parse().unwrap(), leaf).unwrap()
+        Credentials::new(CART.parse().unwrap(), leaf, Versions::Only13).unwrap()
     };
     let (short, long) = (lasting(1000), lasting(2000));
     for (ours, theirs) in [(&short, &long), (&long, &short)] {
