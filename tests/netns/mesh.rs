@@ -150,7 +150,9 @@ pub(crate) fn knock(
 pub(crate) fn is_refused(heard: &Heard) -> bool {
     matches!(
         heard,
-        Heard::Nothing(End::Fin | End::Reset) | Heard::NotConnected(ErrorKind::ConnectionRefused)
+        // A reset can be faster than the application that asks how its connect went.
+        Heard::Nothing(End::Fin | End::Reset)
+            | Heard::NotConnected(ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset)
     )
 }
 

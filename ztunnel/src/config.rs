@@ -290,7 +290,7 @@ fn secret_ttl(env: &Env) -> Result<Duration, Error> {
     let name = "SECRET_TTL";
     let ttl = env.duration(name, Duration::from_hours(24))?;
     if ttl < SHORTEST_TTL {
-        let why = "a certificate must live for at least a minute";
+        let why = "a certificate must live for at least a second";
         return Err(refused(name, env.text(name), why.into()));
     }
     Ok(ttl)
@@ -406,7 +406,7 @@ pub(crate) const MAX_WORKERS: usize = 64;
 const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
 
 /// The shortest life of a certificate.
-const SHORTEST_TTL: Duration = Duration::from_mins(1);
+const SHORTEST_TTL: Duration = Duration::from_secs(1);
 
 /// What HTTP/2 allows for a window that must hold at least one default frame.
 const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
