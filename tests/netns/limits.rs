@@ -1,16 +1,21 @@
 //! Descriptors run out: connections wait, nothing spins, and all is well when some come free.
 
-use std::{net::TcpStream, time::Duration};
+use std::{
+    io::{ErrorKind, Read as _, Write as _},
+    net::TcpStream,
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 use ztunnel_tests::{
-    apps::{self, End, Server},
+    apps::{self, Server},
     meshfile::MeshFile,
     process::output,
     topology::Topology,
+    wait,
 };
 
-use crate::mesh::{Mesh, PATIENCE, assert_alive, assert_echo, cpu_time};
+use crate::mesh::{Mesh, PATIENCE, REQUEST, assert_echo, cpu_time};
 
 #[test]
 fn without_descriptors_connections_wait_and_nothing_spins() -> Result<()> {
@@ -39,15 +44,24 @@ fn without_descriptors_connections_wait_and_nothing_spins() -> Result<()> {
         spent < watched / 4,
         "it used {spent:?} of processor time in {watched:?}"
     );
-    // Some are being served and some wait; the first twenty go, again and again, until all were.
-    let mut served = 0;
-    while !streams.is_empty() {
-        let mut stream = streams.remove(0);
-        if apps::read_end(&stream, Duration::from_millis(1))?.0 == End::Open {
-            assert_alive(&mut stream)?;
-            served += 1;
-        }
+    // Some are served and some wait, whichever worker they fell to; whoever was served goes, and
+    // makes room for another.
+    for stream in &mut streams {
+        stream.set_read_timeout(Some(Duration::from_millis(5)))?;
+        // One that was refused meanwhile says so when it is read.
+        drop(stream.write_all(REQUEST));
     }
+    let mut served = 0;
+    wait::until("every connection to be served or refused", PATIENCE, || {
+        streams.retain_mut(|stream| match stream.read(&mut [0; 64]) {
+            Ok(bytes) => {
+                served += usize::from(bytes > 0);
+                false
+            }
+            Err(error) => error.kind() == ErrorKind::WouldBlock,
+        });
+        streams.is_empty().then_some(())
+    })?;
     let lines = mesh.a.access_lines();
     let bad: Vec<_> = lines
         .iter()
