@@ -256,7 +256,10 @@ fn install_packages(house: &House, missing: &[&Tool]) -> Result<()> {
     let packages: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
     let names = packages.join(" ");
     if house::find_program("apt-get").is_none() {
-        bail!("install them, or what your system calls them (these are Debian's names): {names}");
+        bail!(
+            "no apt-get here: install what your system calls these Debian packages: {names}\n\
+             For eBPF, `rustup toolchain install nightly --component rust-src` and bpf-linker {LINKER} do as well."
+        );
     }
     if !is_root() {
         bail!(
