@@ -223,14 +223,14 @@ impl Workload {
         SpiffeId::new(TrustDomain::new(trust_domain)?, namespace, service_account).map(Some)
     }
 
-    /// Whether this is the pod that enrolment names.
+    /// The pod that it is to enrolment, if it has an identity.
     #[must_use]
-    pub fn is(&self, pod: &PodRef) -> bool {
-        *self.name == *pod.name
-            && *self.namespace == *pod.namespace
-            && self
-                .identity
-                .as_ref()
-                .is_some_and(|id| id.service_account() == &*pod.service_account)
+    pub fn pod(&self) -> Option<PodRef> {
+        let identity = self.identity.as_ref()?;
+        Some(PodRef {
+            name: Arc::clone(&self.name),
+            namespace: Arc::clone(&self.namespace),
+            service_account: identity.service_account().into(),
+        })
     }
 }

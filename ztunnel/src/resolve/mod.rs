@@ -4,13 +4,14 @@
 
 mod balance;
 mod inbound;
+mod index;
 mod route;
 mod snapshot;
 
 pub(crate) use inbound::OWN_PORTS;
 pub use inbound::{Asked, Delivery, InboundQuery, deliver};
 pub use route::{Hop, Query, Route, route};
-pub use snapshot::Snapshot;
+pub use snapshot::{Change, Snapshot};
 
 use thiserror::Error;
 

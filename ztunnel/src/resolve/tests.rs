@@ -334,9 +334,7 @@ fn an_exact_vip_wins_over_a_range_and_the_own_namespace_over_a_longer_prefix() {
         ("10.96.0.2", "shop", "wide"),
         ("10.96.0.2", "third", "long"),
     ] {
-        let found = mesh
-            .service_at(&"".into(), ip.parse().unwrap(), from)
-            .unwrap();
+        let found = mesh.service_at("", ip.parse().unwrap(), from).unwrap();
         assert_eq!(&*found.name, name, "{ip} from {from}");
     }
 }

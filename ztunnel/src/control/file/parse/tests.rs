@@ -329,7 +329,11 @@ pods:
     let [web, cart] = &state.pods[..] else {
         panic!("two pods")
     };
-    assert!(workload.is(&web.pod), "the pod finds its workload");
+    assert_eq!(
+        workload.pod().as_ref(),
+        Some(&web.pod),
+        "the pod finds its workload"
+    );
     assert_eq!(web.netns, Path::new("/run/netns/web-1"));
     assert!(web.exclude_outbound_ports.is_empty());
     assert_eq!(&*cart.pod.service_account, "cart");
