@@ -167,6 +167,7 @@ impl Toolchain {
         let args = [
             "--locked",
             "--package=ebpf-prog",
+            "--features=object",
             "--profile=bpf",
             EBPF_TARGET,
             "-Zbuild-std=core",
