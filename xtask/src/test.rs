@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::check::{self, Outcome};
+use crate::envoy;
 use crate::fuzz;
 use crate::house::House;
 use crate::kernels;
@@ -98,7 +99,7 @@ impl Stage {
             }
             Self::E2e => {
                 needs_root()?;
-                setup::ensure(house, &[Purpose::Build, Purpose::Pods])?;
+                setup::ensure(house, &[Purpose::Build, Purpose::Pods, Purpose::Envoy])?;
                 let mut build = house.cargo();
                 build.args(["build", "--locked", "--package=ztunnel"]);
                 process::must(build, BUILD_LIMIT)?;
@@ -126,7 +127,8 @@ fn libtest(
     process::must(build, BUILD_LIMIT)?;
     let mut test = house.cargo();
     test.args(["test", "--locked", "--no-fail-fast"])
-        .args(which);
+        .args(which)
+        .env("ENVOY_BIN", envoy::binary(house));
     // What a passing test prints is where it says that it was skipped.
     test.args(["--", "--show-output", "--test-threads", threads]);
     let mut seen = tally::Stage::new(stage);
