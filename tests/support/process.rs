@@ -52,6 +52,32 @@ impl Running {
         )
     }
 
+    /// The same with its output in a file only: for a program that says more than anybody reads.
+    pub fn start_unheard(
+        name: &str,
+        netns: Option<&Netns>,
+        mut command: Command,
+        file: &Path,
+    ) -> Result<Self> {
+        let netns = netns.map(Netns::open).transpose()?;
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(file)
+            .context("open the log's file")?;
+        command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file);
+        let child = spawn_for_good(command, netns).with_context(|| format!("start {name}"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            exited: None,
+            log: Arc::default(),
+        })
+    }
+
     fn launch(
         name: &str,
         netns: Option<&Netns>,

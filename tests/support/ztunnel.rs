@@ -71,14 +71,33 @@ impl Node {
 
     /// Writes the file and starts the process; readiness is the caller's affair.
     pub fn launch(topology: &Topology, node: &str, file: &str, settings: Settings) -> Result<Self> {
+        Self::launch_by(topology, node, file, settings, Running::start_with_file)
+    }
+
+    /// The same for a node under load: what it writes is in [`Node::output`] only, and [`Node::log`] stays empty.
+    pub fn launch_unheard(
+        topology: &Topology,
+        node: &str,
+        file: &str,
+        settings: Settings,
+    ) -> Result<Self> {
+        Self::launch_by(topology, node, file, settings, Running::start_unheard)
+    }
+
+    fn launch_by(
+        topology: &Topology,
+        node: &str,
+        file: &str,
+        settings: Settings,
+        start: Start,
+    ) -> Result<Self> {
         let netns = topology.node(node)?.netns.clone();
         let path = topology.directory()?.join(format!("{node}.yaml"));
         fs::write(&path, file)?;
         let pins = topology.pin_directory(node);
         let command = command(&settings, node, &path, &pins, "proxy");
         let output = topology.directory()?.join(format!("{node}.log"));
-        let running =
-            Running::start_with_file(&format!("ztunnel {node}"), Some(&netns), command, &output)?;
+        let running = start(&format!("ztunnel {node}"), Some(&netns), command, &output)?;
         Ok(Self {
             name: node.to_owned(),
             netns,
@@ -245,6 +264,8 @@ impl Drop for Node {
         drop(fs::remove_dir_all(&self.pins));
     }
 }
+
+type Start = fn(&str, Option<&Netns>, Command, &Path) -> Result<Running>;
 
 /// The binary under test: `ZTUNNEL_BIN`, or what the dev profile built beside the running program.
 pub fn binary() -> Result<PathBuf> {
