@@ -4,13 +4,13 @@ use std::net::TcpStream;
 
 use anyhow::{Context as _, Result};
 use ztunnel_tests::{
-    apps::{self, End, Server},
+    apps::{self, End, Heard, Server},
     meshfile::{self, MeshFile},
     topology::{Builder, Topology},
 };
 
 use crate::{
-    mesh::{Before, Mesh, WATCH, assert_alive, wait_end},
+    mesh::{Before, Mesh, PATIENCE, WATCH, assert_alive, wait_end},
     plaintext::STRICT,
 };
 
@@ -159,6 +159,54 @@ fn a_connection_between_pods_of_one_node_is_revoked_as_well() -> Result<()> {
         .attach("server", "demo/no");
     mesh.replace(&file)?;
     revoked(&mesh, mark, &stream, Some(&near.spiffe_id()))
+}
+
+// The other end was told who speaks; when that is not so any more, it must not go on.
+#[test]
+fn a_workload_that_vanishes_or_is_somebody_else_now_loses_its_open_connections() -> Result<()> {
+    let plain = |topology: &Topology| MeshFile::of(topology).without("near");
+    let mesh = Mesh::start(pods(), plain)?;
+    let (client, stranger) = (mesh.pod("client")?, mesh.pod("stranger")?);
+    let (server, near) = (mesh.pod("server")?, mesh.pod("near")?);
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let _outside = Server::start(&near.netns, 9000, apps::echo)?;
+    let mut other = apps::dial(&stranger.netns, server.at(9000))?;
+    let file = plain(&mesh.topology).for_node("a");
+    let uid = "uid: demo//Pod/demo/client";
+    let account = "serviceAccount: client\n    workloadName";
+    for (from, to) in [
+        (uid, "uid: somebody-else"),
+        (account, "serviceAccount: clerk\n    workloadName"),
+    ] {
+        let mut hbone = apps::dial(&client.netns, server.at(9000))?;
+        let mut plain = apps::dial(&client.netns, near.at(9000))?;
+        assert_alive(&mut hbone).context(to)?;
+        assert_alive(&mut plain).context(to)?;
+        assert_alive(&mut other).context(to)?;
+        let before = Before::of(&mesh.a)?;
+        let mark = mesh.a.log().mark();
+        let changed = file.replacen(from, to, 1);
+        assert_ne!(file, changed, "{from} is not in the file");
+        mesh.a.replace_file(&changed)?;
+        wait_end(&hbone).with_context(|| format!("HBONE, {to}"))?;
+        wait_end(&plain).with_context(|| format!("plain, {to}"))?;
+        let ended = [("reason", "unknown_workload"), ("direction", "outbound")];
+        let line = mesh.a.wait_access(mark, &ended)?;
+        assert_eq!(line.get("src.workload"), Some("client"), "{line:?}");
+        before.wait_gain("ztunnel_connections_total", &ended, 2.0)?;
+        assert_alive(&mut other).context("another pod of the node")?;
+        mesh.a.replace_file(&file)?;
+        let back = |line: &str| line.contains("state applied").then_some(());
+        let log = mesh.a.log();
+        log.wait_since(mark, "the change", PATIENCE, back)?;
+        crate::mesh::wait_fate(
+            &client.netns,
+            server.at(9000),
+            "the workload",
+            Heard::answered,
+        )?;
+    }
+    Ok(())
 }
 
 /// From the file's replacement to the end of the connection.

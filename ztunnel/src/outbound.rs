@@ -119,7 +119,7 @@ impl Way<'_> {
         trace: Traceparent,
     ) -> Result<(Permit, Opened), Failure> {
         let identity = self.source.identity.clone().ok_or(Failure::NoIdentity)?;
-        let permit = self.cx.live.outbound(identity.clone());
+        let permit = self.cx.live.outbound(&self.source.uid, identity.clone());
         let host = self.route.service.as_ref().map(|s| &s.key.hostname);
         let request = Connect {
             authority,
@@ -142,7 +142,7 @@ impl Way<'_> {
 
     async fn plain(self, stream: Unserved) -> Result<(), Failure> {
         let identity = self.source.identity.clone().ok_or(Failure::NoIdentity)?;
-        let permit = self.cx.live.outbound(identity);
+        let permit = self.cx.live.outbound(&self.source.uid, identity);
         let dialled = self.cx.dial_upstream(self.route.upstream).await;
         self.learn(SecurityPolicy::Unknown, None, None);
         let upstream = dialled?;

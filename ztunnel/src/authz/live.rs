@@ -28,8 +28,8 @@ struct Registry {
 #[derive(Debug)]
 struct Entry {
     subject: Subject,
-    /// Whom an inbound connection goes to.
-    destination: Option<WorkloadUid>,
+    /// The workload of this node at whose end we are.
+    workload: WorkloadUid,
     revoked: Cell<Option<Reason>>,
     wake: Notify,
 }
@@ -56,45 +56,40 @@ impl Live {
         destination: &Arc<Workload>,
         flow: Flow,
     ) -> Result<Permit, Denied> {
-        let registration = self.register(Subject::Inbound(flow.clone()), Some(&destination.uid));
+        let registration = self.register(Subject::Inbound(flow.clone()), &destination.uid);
         let verdict = check(policies, destination, &flow)?;
         Ok(Permit::new(registration, verdict))
     }
 
     /// A permit for a connection that leaves a pod which is enrolled here and whose identity we
-    /// hold. Policy does not withdraw it; [`revoke_source`](Self::revoke_source) does.
+    /// hold. Policy does not withdraw it; it lasts while this is the workload's identity.
+    ///
+    /// Take both from the worker's snapshot in the same breath.
     #[must_use]
-    pub fn outbound(&self, source: SpiffeId) -> Permit {
-        let registration = self.register(Subject::Outbound(source), None);
+    pub fn outbound(&self, workload: &WorkloadUid, identity: SpiffeId) -> Permit {
+        let registration = self.register(Subject::Outbound(identity), workload);
         Permit::new(registration, Verdict::default())
     }
 
-    /// Judges every inbound connection again, with the workloads as they are now, and withdraws
-    /// the permits of those refused. Gives how many.
+    /// Judges every connection again, with the policies and workloads as they are now, and
+    /// withdraws the permits of those refused. Gives how many.
     pub fn judge_again(
         &self,
         policies: &Policies,
         current: impl Fn(&WorkloadUid) -> Option<Arc<Workload>>,
     ) -> usize {
         self.revoke_where(|entry| {
-            let (Subject::Inbound(flow), Some(uid)) = (&entry.subject, &entry.destination) else {
-                return None;
+            let Some(workload) = current(&entry.workload) else {
+                return Some(Reason::UnknownWorkload);
             };
-            match current(uid) {
-                None => Some(Reason::UnknownWorkload),
-                Some(workload) => match check(policies, &workload, flow) {
-                    Ok(_) => None,
-                    Err(_) => Some(Reason::PolicyRevoked),
-                },
+            match &entry.subject {
+                Subject::Inbound(flow) => check(policies, &workload, flow)
+                    .is_err()
+                    .then_some(Reason::PolicyRevoked),
+                // The other end was told an identity that is not the workload's any more.
+                Subject::Outbound(identity) => (workload.identity.as_ref() != Some(identity))
+                    .then_some(Reason::UnknownWorkload),
             }
-        })
-    }
-
-    /// Withdraws the permits of every outbound connection of this identity. Gives how many.
-    pub fn revoke_source(&self, source: &SpiffeId, reason: Reason) -> usize {
-        self.revoke_where(|entry| match &entry.subject {
-            Subject::Outbound(id) if id == source => Some(reason),
-            Subject::Inbound(_) | Subject::Outbound(_) => None,
         })
     }
 
@@ -110,10 +105,10 @@ impl Live {
         self.len() == 0
     }
 
-    fn register(&self, subject: Subject, destination: Option<&WorkloadUid>) -> Registration {
+    fn register(&self, subject: Subject, workload: &WorkloadUid) -> Registration {
         let entry = Rc::new(Entry {
             subject,
-            destination: destination.cloned(),
+            workload: workload.clone(),
             revoked: Cell::new(None),
             wake: Notify::new(),
         });

@@ -22,7 +22,7 @@ use crate::authz::{Live, Permit};
 use crate::drain;
 use crate::identity::testing::{Authority, id, store};
 use crate::identity::{Credentials, Error, Issued, Issuer};
-use crate::model::{Meter, SpiffeId, UpstreamAddr};
+use crate::model::{Meter, SpiffeId, UpstreamAddr, WorkloadUid};
 
 pub(super) const BANK: &str = "spiffe://cluster.local/ns/shop/sa/bank";
 pub(super) const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
@@ -33,7 +33,7 @@ pub(super) async fn worker<T>(test: impl Future<Output = T>) -> T {
 }
 
 pub(super) fn permit() -> Permit {
-    Live::default().outbound(id("cart"))
+    Live::default().outbound(&WorkloadUid("cart".into()), id("cart"))
 }
 
 pub(super) fn connect_request() -> Request<()> {

@@ -41,7 +41,7 @@ fn dropping_a_permit_unregisters_it() {
     let live = Live::default();
     let to = Arc::new(workload("shop", &[]));
     let permit = live.admit(&Policies::default(), &to, flow(WEB)).unwrap();
-    let outbound = live.outbound(WEB.parse().unwrap());
+    let outbound = live.outbound(&to.uid, WEB.parse().unwrap());
     assert_eq!(live.len(), 2);
     drop(permit);
     drop(outbound);
@@ -59,7 +59,7 @@ fn a_permit_tells_what_it_was_given_for() {
     assert_eq!(inbound.allowed_by().unwrap().to_string(), "r/a");
     assert!(inbound.dry_run().is_empty());
 
-    let outbound = live.outbound(CART.parse().unwrap());
+    let outbound = live.outbound(&to.uid, CART.parse().unwrap());
     assert_eq!(outbound.flow(), None);
     assert_eq!(outbound.source().unwrap().to_string(), CART);
     assert_eq!(outbound.allowed_by(), None);
@@ -68,12 +68,15 @@ fn a_permit_tells_what_it_was_given_for() {
 #[test]
 fn a_new_deny_revokes_what_it_matches_and_nothing_else() {
     let live = Live::default();
-    let to = Arc::new(workload("shop", &[]));
+    let to = Arc::new(Workload {
+        identity: Some(WEB.parse().unwrap()),
+        ..workload("shop", &[])
+    });
     let before = Policies::default();
     let web = live.admit(&before, &to, flow(WEB)).unwrap();
     let plaintext = live.admit(&before, &to, flow("")).unwrap();
     let cart = live.admit(&before, &to, flow(CART)).unwrap();
-    let outbound = live.outbound(WEB.parse().unwrap());
+    let outbound = live.outbound(&to.uid, WEB.parse().unwrap());
     assert_eq!(now(web.revoked()), None);
 
     let anonymous = rule(vec![crate::authz::testing::anonymous()]);
@@ -140,17 +143,35 @@ fn a_workload_that_is_gone_takes_its_connections_along() {
 }
 
 #[test]
-fn removing_a_source_ends_its_outbound_connections_and_no_others() {
+fn a_source_that_is_gone_or_is_somebody_else_now_takes_its_connections_along() {
     let live = Live::default();
-    let to = Arc::new(workload("shop", &[]));
-    let inbound = live.admit(&Policies::default(), &to, flow(WEB)).unwrap();
-    let web = live.outbound(WEB.parse().unwrap());
-    let cart = live.outbound(CART.parse().unwrap());
-    let removed = live.revoke_source(&WEB.parse().unwrap(), Reason::PodRemoved);
-    assert_eq!(removed, 1);
-    assert_eq!(now(web.revoked()), Some(Reason::PodRemoved));
-    assert_eq!(now(cart.revoked()), None);
-    assert_eq!(now(inbound.revoked()), None);
+    let none = Policies::default();
+    let web = Arc::new(Workload {
+        identity: Some(WEB.parse().unwrap()),
+        ..workload("shop", &[])
+    });
+    let cart = Arc::new(Workload {
+        uid: WorkloadUid("cart".into()),
+        identity: Some(CART.parse().unwrap()),
+        ..workload("shop", &[])
+    });
+    let permit = |of: &Workload| live.outbound(&of.uid, of.identity.clone().unwrap());
+    let (from_web, from_cart) = (permit(&web), permit(&cart));
+    let both = |uid: &WorkloadUid| Some(Arc::clone(if *uid == web.uid { &web } else { &cart }));
+    assert_eq!(live.judge_again(&none, both), 0);
+
+    let renamed = Arc::new(Workload {
+        identity: cart.identity.clone(),
+        ..Workload::clone(&web)
+    });
+    let changed =
+        |uid: &WorkloadUid| Some(Arc::clone(if *uid == web.uid { &renamed } else { &cart }));
+    assert_eq!(live.judge_again(&none, changed), 1);
+    assert_eq!(now(from_web.revoked()), Some(Reason::UnknownWorkload));
+    assert_eq!(now(from_cart.revoked()), None);
+
+    assert_eq!(live.judge_again(&none, |_| None), 1);
+    assert_eq!(now(from_cart.revoked()), Some(Reason::UnknownWorkload));
 }
 
 #[tokio::test]

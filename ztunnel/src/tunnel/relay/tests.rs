@@ -20,9 +20,9 @@ use super::super::Params;
 use super::super::stream::H2Stream;
 use super::super::testing::{Counts, connect_request, give, tcp_pair, worker};
 use super::*;
-use crate::authz::Live;
+use crate::authz::{Live, Policies};
 use crate::identity::testing::id;
-use crate::model::{Reason, ToReason as _};
+use crate::model::{Reason, ToReason as _, WorkloadUid};
 
 /// The two ends of one stream: ours, and the halves of a peer that is the HTTP/2 library itself.
 struct Stream {
@@ -74,7 +74,7 @@ struct Relay {
 
 fn start(a: impl Side + 'static, b: impl Side + 'static) -> Relay {
     let live = Live::default();
-    let permit = live.outbound(id("cart"));
+    let permit = live.outbound(&WorkloadUid("cart".into()), id("cart"));
     let (drain, mut signal) = drain::channel();
     let counts = Counts::default();
     let meter = counts.clone();
@@ -468,12 +468,9 @@ async fn an_order_ends_the_connection_as_a_reset_for_both() {
         let (mut app, relay, mut peer) = tcp_to_stream().await;
         app.write_all(b"x").await.unwrap();
         peer.read().await.unwrap();
-        assert_eq!(
-            relay.live.revoke_source(&id("cart"), Reason::PolicyRevoked),
-            1
-        );
+        assert_eq!(relay.live.judge_again(&Policies::default(), |_| None), 1);
         let error = relay.end.await.unwrap().unwrap_err();
-        assert_eq!(error.to_reason(), Reason::PolicyRevoked);
+        assert_eq!(error.to_reason(), Reason::UnknownWorkload);
         assert!(is_reset(&mut app).await);
         assert_eq!(peer.reset().await, h2::Reason::CANCEL);
 
@@ -513,10 +510,10 @@ async fn a_busy_connection_does_not_outrun_an_order() {
         });
         tokio::time::sleep(Duration::from_millis(50)).await;
         let start = tokio::time::Instant::now();
-        stop.revoke_source(&id("cart"), Reason::PolicyRevoked);
+        stop.judge_again(&Policies::default(), |_| None);
         assert!(matches!(
             stopped.await.unwrap(),
-            Err(Error::Revoked(Reason::PolicyRevoked))
+            Err(Error::Revoked(Reason::UnknownWorkload))
         ));
         assert!(start.elapsed() < Duration::from_millis(500));
         pump.join().unwrap();
@@ -573,7 +570,7 @@ async fn an_idle_connection_stays_for_hours_and_is_small() {
     worker(async {
         let stream = stream().await;
         let other = self::stream().await;
-        let permit = Live::default().outbound(id("cart"));
+        let permit = Live::default().outbound(&WorkloadUid("cart".into()), id("cart"));
         let (_drain, mut signal) = drain::channel();
         let counts = Counts::default();
         let relay = relay(stream.ours, other.ours, &permit, &counts, &mut signal);
