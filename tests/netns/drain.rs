@@ -12,7 +12,7 @@ use ztunnel_tests::{
     apps::{self, Heard, Server},
     http,
     load::{Load, Outcome},
-    meshfile::MeshFile,
+    meshfile::{self, MeshFile},
     topology::{Builder, Topology},
     wait,
     ztunnel::{Node, Settings},
@@ -93,6 +93,37 @@ fn sigterm_closes_the_listeners_at_once_and_lets_connections_finish() -> Result<
             .filter(|l| l.has(&[("reason", "complete"), ("bytes_sent", "34")]));
         ensure!(complete.count() >= 1, "{lines:?}");
     }
+    Ok(())
+}
+
+// 149, 116: a drain can take long, and policy does not wait for its end.
+#[test]
+fn what_policy_stops_to_admit_ends_also_during_a_drain() -> Result<()> {
+    let mut mesh = with_deadline("60s")?;
+    let (client, server) = (mesh.pod("client")?.clone(), mesh.pod("server")?.clone());
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let mut hbone = apps::dial(&client.netns, server.at(9000))?;
+    assert_alive(&mut hbone)?;
+    let mut plaintext = apps::dial(&mesh.net("a")?.netns, server.at(9000))?;
+    assert_alive(&mut plaintext)?;
+    mesh.b.signal(Signal::SIGTERM)?;
+    wait_closed(&mesh.b)?;
+    assert_alive(&mut hbone).context("while draining")?;
+    let nobody = meshfile::allow_accounts("no", &["client"]).replace("Allow", "Deny");
+    let file = MeshFile::of(&mesh.topology)
+        .policy(&nobody)
+        .attach("server", "demo/no");
+    let mark = mesh.b.log().mark();
+    mesh.b.replace_file(&file.for_node("b"))?;
+    wait_end(&hbone)?;
+    mesh.b.wait_access(
+        mark,
+        &[("reason", "policy_revoked"), ("direction", "inbound")],
+    )?;
+    assert_alive(&mut plaintext).context("what the policy does not concern")?;
+    drop(plaintext);
+    let status = mesh.b.wait_exit(PATIENCE)?;
+    ensure!(status.success(), "{status}");
     Ok(())
 }
 

@@ -133,7 +133,7 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
         node.drain(config.termination_deadline).await;
         // Last: who sees readiness gone may rely on the listeners being on their way out.
         end.graceful();
-        node.end(&mut signals).await;
+        node.end(config, &mut updates, &mut signals).await;
     };
     tokio::select! {
         _ = servers => error!("the servers for operators ended before the process"),
@@ -161,9 +161,7 @@ impl Node {
                 () = signals.stop() => return,
                 update = updates.next() => match update {
                     Ok(state) => self.apply(config, state).await,
-                    Err(error) => {
-                        warn!(error = %Chain(&error), "update refused; the running state stays");
-                    }
+                    Err(error) => refused(&error),
                 },
                 _ = tick.tick() => self.reconcile().await,
             }
@@ -172,18 +170,9 @@ impl Node {
 
     async fn apply(&mut self, config: &Config, state: State) {
         let started = Instant::now();
-        let world = next_world(&self.publish.borrow(), config, &state);
-        info!(
-            generation = world.generation,
-            workloads = world.snapshot.workload_count(),
-            services = world.snapshot.service_count(),
-            policies = world.policies.iter().count(),
-            pods = state.pods.len(),
-            "state replaced"
-        );
         // Workers first: no pod is captured before its world is there, and open connections are
         // judged again before the kernel refuses new ones.
-        self.publish.send_replace(world);
+        publish(&self.publish, config, &state);
         self.pods = state.pods;
         self.reconcile().await;
         info!(took_ms = started.elapsed().as_millis(), "state applied");
@@ -244,19 +233,53 @@ impl Node {
         }
     }
 
-    /// Waits for the workers; a second interrupt ends the process without them.
-    async fn end(self, signals: &mut Signals) {
-        let workers = self.workers;
-        let joined =
+    /// Waits for the workers, whose connections are judged by every new state until they end; a
+    /// second interrupt ends the process without them. Pods are left as they are: whoever serves
+    /// them next brings them to what is wanted.
+    async fn end(self, config: &Config, updates: &mut Updates, signals: &mut Signals) {
+        let Self {
+            workers, publish, ..
+        } = self;
+        let mut joined =
             tokio::task::spawn_blocking(move || workers.into_iter().for_each(Worker::join));
-        tokio::select! {
-            ended = joined => if ended.is_err() {
-                error!("waiting for the workers failed");
-            },
-            () = signals.interrupted() => warn!("interrupted again: open connections are cut"),
+        loop {
+            tokio::select! {
+                ended = &mut joined => {
+                    if ended.is_err() {
+                        error!("waiting for the workers failed");
+                    }
+                    break;
+                }
+                () = signals.interrupted() => {
+                    warn!("interrupted again: open connections are cut");
+                    break;
+                }
+                update = updates.next() => match update {
+                    Ok(state) => self::publish(&publish, config, &state),
+                    Err(error) => refused(&error),
+                },
+            }
         }
         info!("ended; enrolled pods stay captured, and so closed, until a process serves them");
     }
+}
+
+/// Gives the workers the world of this state.
+fn publish(publish: &watch::Sender<World>, config: &Config, state: &State) {
+    let world = next_world(&publish.borrow(), config, state);
+    info!(
+        generation = world.generation,
+        workloads = world.snapshot.workload_count(),
+        services = world.snapshot.service_count(),
+        policies = world.policies.iter().count(),
+        pods = state.pods.len(),
+        "state replaced"
+    );
+    publish.send_replace(world);
+}
+
+fn refused(error: &control::Error) {
+    warn!(error = %Chain(error), "update refused; the running state stays");
 }
 
 /// The world of a file, after the one before.

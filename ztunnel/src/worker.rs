@@ -131,6 +131,33 @@ struct Pod {
     drain: drain::Trigger,
 }
 
+/// The mesh as this worker is given it, and the permits that depend on it.
+struct Mesh {
+    number: usize,
+    world: watch::Receiver<World>,
+    view: Rc<View>,
+    live: Live,
+}
+
+impl Mesh {
+    /// Waits for the next world and judges the open connections by it. False: there will be no
+    /// other. Cancel safe.
+    async fn follow(&mut self) -> bool {
+        if self.world.changed().await.is_err() {
+            return false;
+        }
+        self.view.replace(self.world.borrow_and_update().clone());
+        let now = self.view.world();
+        let workload = |uid: &_| now.snapshot.workload(uid).cloned();
+        let revoked = self.live.judge_again(&now.policies, workload);
+        if revoked > 0 {
+            let worker = self.number;
+            debug!(worker, revoked, "open connections are not allowed any more");
+        }
+        true
+    }
+}
+
 async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
     let Params {
         number,
@@ -142,6 +169,12 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
     } = params;
     let view = View::new(world.borrow_and_update().clone());
     let live = Live::default();
+    let mut mesh = Mesh {
+        number,
+        world,
+        view: Rc::clone(&view),
+        live: live.clone(),
+    };
     let tunnel = Rc::new(tunnel);
     let mut pods: HashMap<PodId, Pod> = HashMap::new();
     debug!(worker = number, "worker started");
@@ -177,22 +210,22 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
                     }
                 }
                 Some(Order::Drain(deadline)) => {
-                    drain(pods, deadline).await;
+                    // What policy stops to admit ends also now.
+                    let follow = async {
+                        while mesh.follow().await {}
+                        std::future::pending::<()>().await;
+                    };
+                    tokio::select! {
+                        () = drain(pods, deadline) => {}
+                        () = follow => {}
+                    }
                     break;
                 }
                 None => break,
             },
-            changed = world.changed() => {
-                if changed.is_err() {
-                    break;
-                }
-                view.replace(world.borrow_and_update().clone());
-                let now = view.world();
-                let revoked = live.judge_again(&now.policies, |uid| now.snapshot.workload(uid).cloned());
-                if revoked > 0 {
-                    debug!(worker = number, revoked, "open connections are not allowed any more");
-                }
-            }
+            more = mesh.follow() => if !more {
+                break;
+            },
         }
     }
     debug!(worker = number, "worker ended");
