@@ -9,8 +9,11 @@ use std::io::{self, BufWriter};
 
 use thiserror::Error;
 use tracing::Subscriber;
+use tracing::field::Field;
 use tracing::subscriber::SetGlobalDefaultError;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
+use tracing_log::LogTracer;
+use tracing_log::log::SetLoggerError;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::{LevelFilter, ParseError};
 use tracing_subscriber::fmt::MakeWriter;
@@ -40,6 +43,9 @@ pub struct Guard {
 /// Why logging could not start.
 #[derive(Debug, Error)]
 pub enum Error {
+    /// The process has a logger already.
+    #[error("take over the log lines of libraries")]
+    Bridge(#[source] SetLoggerError),
     /// A part of the filter is neither a level nor `target=level`. Taken as a target, a misspelled
     /// level would silence everything else.
     #[error(
@@ -77,6 +83,8 @@ pub fn init(format: Format, filter: &str) -> Result<Guard, Error> {
     };
     tracing::subscriber::set_global_default(subscriber(format, filter, SystemTime, writer))
         .map_err(Error::Started)?;
+    // Libraries that know only the older facade; the filter is for them too.
+    LogTracer::init().map_err(Error::Bridge)?;
     Ok(guard)
 }
 
@@ -155,6 +163,11 @@ fn parse(filter: &str) -> Result<EnvFilter, Error> {
             filter: filter.to_owned(),
             source,
         })
+}
+
+/// Whether a field says what the metadata say already: of lines that came over the older facade.
+fn is_origin(field: &Field) -> bool {
+    field.name().starts_with("log.")
 }
 
 /// Whether a text stands for itself between quotes, in both formats. Nearly every text does, and is

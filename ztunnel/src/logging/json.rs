@@ -6,6 +6,7 @@ use std::fmt::{self, Write as _};
 use tracing::Subscriber;
 use tracing::field::{Field, Visit};
 use tracing::span::Record;
+use tracing_log::NormalizeEvent as _;
 use tracing_subscriber::field::RecordFields;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
@@ -56,7 +57,8 @@ where
     ) -> fmt::Result {
         let mut members = Members::default();
         event.record(&mut members);
-        let metadata = event.metadata();
+        let library = event.normalized_metadata();
+        let metadata = library.as_ref().unwrap_or_else(|| event.metadata());
         write!(
             line,
             r#"{{"level":"{}","time":""#,
@@ -88,6 +90,9 @@ struct Members(String);
 
 impl Members {
     fn member(&mut self, field: &Field, value: &str) {
+        if super::is_origin(field) {
+            return;
+        }
         if !self.0.is_empty() {
             self.0.push(',');
         }

@@ -5,6 +5,7 @@ use std::fmt::{self, Write as _};
 
 use tracing::Subscriber;
 use tracing::field::{Field, Visit};
+use tracing_log::NormalizeEvent as _;
 use tracing_subscriber::field::RecordFields;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
@@ -44,7 +45,8 @@ where
     ) -> fmt::Result {
         let mut pairs = Pairs::default();
         event.record(&mut pairs);
-        let metadata = event.metadata();
+        let library = event.normalized_metadata();
+        let metadata = library.as_ref().unwrap_or_else(|| event.metadata());
         self.0.format_time(&mut line)?;
         let level = super::level(metadata.level());
         write!(line, "\t{level}\t{}", metadata.target())?;
@@ -86,6 +88,9 @@ impl Pairs {
     }
 
     fn pair(&mut self, field: &Field, value: &[&str]) {
+        if super::is_origin(field) {
+            return;
+        }
         if !self.fields.is_empty() {
             self.fields.push(' ');
         }

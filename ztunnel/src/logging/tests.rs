@@ -15,7 +15,11 @@ pub(crate) fn logged(format: Format, filter: &str, f: impl FnOnce()) -> String {
     let time: fn(&mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result =
         |w| w.write_str("TIME");
     let subscriber = subscriber(format, parse(filter).unwrap(), time, move || writer.clone());
-    tracing::subscriber::with_default(subscriber, f);
+    tracing::subscriber::with_default(subscriber, || {
+        // Another test's thread may just have found that nobody listens.
+        tracing::callsite::rebuild_interest_cache();
+        f();
+    });
     let lines = lines.0.lock().unwrap();
     String::from_utf8(lines.clone()).unwrap()
 }
@@ -167,4 +171,21 @@ impl Write for Blocked {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+#[test]
+fn lines_of_libraries_that_know_only_the_older_facade_look_like_ours() {
+    use tracing_log::log::{Level, Record};
+    let say = || {
+        for (level, text) in [(Level::Warn, "by hand"), (Level::Debug, "too low")] {
+            let mut record = Record::builder();
+            record.level(level).target("library::part");
+            tracing_log::format_trace(&record.args(format_args!("{text}")).build()).unwrap();
+        }
+    };
+    let lines = logged(Format::Plain, "library=info", say);
+    assert_eq!(lines, "TIME\twarn\tlibrary::part\tby hand\n");
+    let lines = logged(Format::Json, "library=info", say);
+    let expected = "{\"level\":\"warn\",\"time\":\"TIME\",\"scope\":\"library::part\",\"message\":\"by hand\"}\n";
+    assert_eq!(lines, expected);
 }
