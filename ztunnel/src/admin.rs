@@ -17,6 +17,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -62,7 +63,11 @@ pub struct Stats(Accounts);
 /// Named tasks that must be done before this node may be called ready, and `/healthz/ready`, which
 /// tells. Cheap to clone; clones share the tasks.
 #[derive(Clone, Debug, Default)]
-pub struct Readiness(watch::Sender<BTreeMap<&'static str, usize>>);
+pub struct Readiness {
+    tasks: watch::Sender<BTreeMap<&'static str, usize>>,
+    /// Pods that are not served as they should be.
+    troubled: watch::Sender<u64>,
+}
 
 /// A task that is not done yet; dropping it says that it is.
 #[derive(Debug)]
@@ -79,8 +84,17 @@ impl Server {
     /// When the address cannot be listened on; the text names what to look at.
     pub fn bind(addr: SocketAddr) -> Result<Self, Error> {
         let listen = || {
-            let listener = std::net::TcpListener::bind(addr)?;
-            listener.set_nonblocking(true)?;
+            let stream = Type::STREAM.nonblocking();
+            let socket = Socket::new(Domain::for_address(addr), stream, Some(Protocol::TCP))?;
+            if addr.is_ipv6() {
+                // Both families, also where `net.ipv6.bindv6only` says otherwise.
+                socket.set_only_v6(false)?;
+            }
+            // A process that ended a moment ago must not hold the port.
+            socket.set_reuse_address(true)?;
+            socket.bind(&addr.into())?;
+            socket.listen(BACKLOG)?;
+            let listener = std::net::TcpListener::from(socket);
             let addr = listener.local_addr()?;
             let listener = TcpListener::from_std(listener)?;
             Ok(Self { listener, addr })
@@ -154,7 +168,7 @@ impl Handler for Stats {
 impl Readiness {
     /// Not ready until the returned task is dropped. Tasks of one name are all waited for.
     pub fn task(&self, name: &'static str) -> Task {
-        self.0
+        self.tasks
             .send_modify(|tasks| *tasks.entry(name).or_default() += 1);
         Task {
             readiness: self.clone(),
@@ -165,12 +179,28 @@ impl Readiness {
     /// The tasks that are not done, sorted and joined by commas; empty when ready.
     #[must_use]
     pub fn pending(&self) -> String {
-        self.0
+        self.tasks
             .borrow()
             .keys()
             .copied()
             .collect::<Vec<_>>()
             .join(", ")
+    }
+}
+
+impl Readiness {
+    /// So many pods are not served as they should be. The node is ready all the same: the others
+    /// are; but whoever asks is told.
+    pub fn troubled(&self, pods: u64) {
+        self.troubled.send_replace(pods);
+    }
+
+    fn trouble(&self) -> String {
+        let troubled = *self.troubled.borrow();
+        match troubled {
+            0 => String::new(),
+            pods => format!("\npods in trouble: {pods}, see the log"),
+        }
     }
 }
 
@@ -180,10 +210,11 @@ impl Handler for Readiness {
         match (request.uri.path(), &request.method) {
             ("/healthz/ready", &Method::GET) => {
                 let pending = self.pending();
+                let trouble = self.trouble();
                 if pending.is_empty() {
-                    text(StatusCode::OK, "ready".to_owned())
+                    text(StatusCode::OK, format!("ready{trouble}"))
                 } else {
-                    let body = format!("not ready, pending: {pending}");
+                    let body = format!("not ready, pending: {pending}{trouble}");
                     text(StatusCode::INTERNAL_SERVER_ERROR, body)
                 }
             }
@@ -195,7 +226,7 @@ impl Handler for Readiness {
 
 impl Drop for Task {
     fn drop(&mut self) {
-        self.readiness.0.send_modify(|tasks| {
+        self.readiness.tasks.send_modify(|tasks| {
             if let Some(count) = tasks.get_mut(self.name) {
                 *count = count.saturating_sub(1);
                 if *count == 0 {
@@ -281,6 +312,8 @@ const PLAIN_TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=ut
 const OPENMETRICS: HeaderValue =
     HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
 
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
 /// A request's head arrives within this time, also the next one on an idle connection.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(2);
 /// A request's head fits in this.

@@ -2,16 +2,79 @@
 //! time; never stores a number.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use tracing::warn;
 
 use crate::account::{Family, Kind, Row, Source};
 use crate::capture::{Capture, CountSource};
+use crate::enrol::Census;
 
 /// What the kernel programs counted.
 #[must_use]
 pub fn kernel(capture: Capture) -> Box<dyn Source> {
     Box::new(Kernel(capture))
+}
+
+/// How the pods of this node are.
+#[must_use]
+pub fn enrolment(census: Arc<Census>) -> Box<dyn Source> {
+    Box::new(Pods(census))
+}
+
+/// What this program is, and of which release of the mesh.
+#[must_use]
+pub fn build(istio_version: &str) -> Box<dyn Source> {
+    Box::new(Build(istio_version.to_owned()))
+}
+
+#[derive(Debug)]
+struct Pods(Arc<Census>);
+
+impl Source for Pods {
+    fn families(&self) -> Vec<Family> {
+        let row = |state, value| Row {
+            labels: vec![("state", Cow::Borrowed(state))],
+            value,
+        };
+        vec![
+            Family {
+                name: "ztunnel_enrol_pods",
+                help: "Pods of this node: captured, or wanted and not captured as they should be",
+                kind: Kind::Gauge,
+                rows: vec![
+                    row("enrolled", self.0.enrolled()),
+                    row("troubled", self.0.troubled()),
+                ],
+            },
+            Family::single(
+                "ztunnel_enrol_repairs",
+                "How often rules, routes or sysctls that a pod had changed were put back",
+                Kind::Counter,
+                self.0.repairs(),
+            ),
+        ]
+    }
+}
+
+#[derive(Debug)]
+struct Build(String);
+
+impl Source for Build {
+    fn families(&self) -> Vec<Family> {
+        vec![Family {
+            name: "istio_build",
+            help: "The version of this component; always 1",
+            kind: Kind::Gauge,
+            rows: vec![Row {
+                labels: vec![
+                    ("component", Cow::Borrowed("ztunnel")),
+                    ("tag", Cow::Owned(self.0.clone())),
+                ],
+                value: 1,
+            }],
+        }]
+    }
 }
 
 #[derive(Debug)]

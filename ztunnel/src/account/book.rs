@@ -1,8 +1,8 @@
 //! Counters. Takes beginnings, bytes and endings from the worker that owns the book, gives their
 //! sums; never resets one.
 
-use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
+use std::collections::{HashMap, HashSet};
 use std::hash::BuildHasher as _;
 #[expect(
     clippy::disallowed_types,
@@ -42,6 +42,15 @@ pub(super) struct Traffic {
     pub(super) received_bytes: Count,
     pub(super) sent_bytes: Count,
     pub(super) closed: PerReason,
+    rest: Rest,
+}
+
+/// How long a label set has had no connection, as the sweeps see it.
+#[derive(Debug, Default)]
+struct Rest {
+    /// What the last sweep saw in `opened`.
+    opened: AtomicU64,
+    sweeps: AtomicU64,
 }
 
 /// The counters of one direction on one worker, known from the first moment of a connection.
@@ -101,6 +110,17 @@ impl Accounts {
         self.0.sources.with(|sources| sources.push(source));
     }
 
+    /// Forgets the label sets of workloads that do not exist any more, so that the page does not grow
+    /// with every workload that ever was. Called from time to time: a set goes when it had no
+    /// connection for [`RESTS`] calls, so that every scraper has seen its last values; if it ever
+    /// comes back it begins at 0, like the counters of a process that was started again. `exists`
+    /// is asked for a namespace and the name of a workload.
+    pub fn forget(&self, exists: impl Fn(&str, &str) -> bool) {
+        for book in &self.0.books {
+            book.forget(&exists);
+        }
+    }
+
     /// The metrics page: OpenMetrics text, ending in `# EOF`.
     #[must_use]
     pub fn encode(&self) -> String {
@@ -157,6 +177,27 @@ impl Book {
         })
     }
 
+    fn forget(&self, exists: &dyn Fn(&str, &str) -> bool) {
+        // The worker may wait for the lock, so nothing is looked up while it is held.
+        let all = self.all_traffic();
+        let gone =
+            |traffic: &&Arc<Traffic>| traffic.has_rested() && traffic.labels.names_nobody(exists);
+        let gone: HashSet<*const Traffic> = all.iter().filter(gone).map(Arc::as_ptr).collect();
+        drop(all);
+        if gone.is_empty() {
+            return;
+        }
+        self.0.traffic.with(|traffic| {
+            traffic.retain(|_, same_hash| {
+                // A connection that began meanwhile holds its counters: then they stay.
+                same_hash.retain(|each| {
+                    !gone.contains(&Arc::as_ptr(each)) || Arc::strong_count(each) > 1
+                });
+                !same_hash.is_empty()
+            });
+        });
+    }
+
     /// All counters with labels, as a list that the worker does not wait for.
     pub(super) fn all_traffic(&self) -> Vec<Arc<Traffic>> {
         self.0
@@ -179,7 +220,20 @@ impl Traffic {
             received_bytes: Count::default(),
             sent_bytes: Count::default(),
             closed: PerReason::default(),
+            rest: Rest::default(),
         }
+    }
+
+    /// Whether no connection has used it for long enough; each call is one sweep.
+    fn has_rested(&self) -> bool {
+        let Rest { opened, sweeps } = &self.rest;
+        let now = self.opened.get();
+        let open = now > self.closed.get().map(|(_, count)| count).sum::<u64>();
+        if open || opened.swap(now, Ordering::Relaxed) != now {
+            sweeps.store(0, Ordering::Relaxed);
+            return false;
+        }
+        sweeps.fetch_add(1, Ordering::Relaxed) + 1 >= RESTS
     }
 }
 
@@ -226,3 +280,6 @@ impl<T> Locked<T> {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
+
+/// Sweeps that a label set must rest through before it is forgotten.
+const RESTS: u64 = 15;

@@ -97,6 +97,27 @@ impl<'a> View<'a> {
     }
 }
 
+impl Labels {
+    /// Whether an end is nobody whom the mesh knows: a workload, by namespace and name, that does
+    /// not exist any more, or an identity of which nothing else was known.
+    pub(super) fn names_nobody(&self, exists: &dyn Fn(&str, &str) -> bool) -> bool {
+        let [s_workload, _, _, s_namespace, ..] = &self.texts;
+        let [.., d_workload, _, _, d_namespace, _, _, _, _, _] = &self.texts;
+        let [source, destination] = &self.identities;
+        let ends = [
+            (s_namespace, s_workload, source),
+            (d_namespace, d_workload, destination),
+        ];
+        ends.into_iter().any(|(namespace, workload, identity)| {
+            if workload.is_empty() {
+                identity.is_some()
+            } else {
+                !exists(namespace, workload)
+            }
+        })
+    }
+}
+
 impl Hash for View<'_> {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let Self {

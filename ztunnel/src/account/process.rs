@@ -1,25 +1,13 @@
 //! What the kernel says of this process. Takes `/proc/self`, gives rows of the metrics page; leaves
 //! a row out when the kernel does not tell.
 
-use std::borrow::Cow;
 use std::fs;
 
-use super::source::{Family, Kind, Row};
+use super::source::{Family, Kind};
 
-/// The rows about this program and its process, as they are now.
+/// The rows about this process, as they are now.
 pub(super) fn families() -> Vec<Family> {
-    let mut families = vec![Family {
-        name: "istio_build",
-        help: "The version of this component; always 1",
-        kind: Kind::Gauge,
-        rows: vec![Row {
-            labels: vec![
-                ("component", Cow::Borrowed("ztunnel")),
-                ("tag", Cow::Borrowed(env!("CARGO_PKG_VERSION"))),
-            ],
-            value: 1,
-        }],
-    }];
+    let mut families = Vec::new();
     families.extend(open_fds().map(|fds| {
         Family::single(
             "process_open_fds",

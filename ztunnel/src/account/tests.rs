@@ -521,15 +521,65 @@ impl Source for Drops {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn label_sets_of_workloads_that_are_gone_are_forgotten_after_a_rest() {
+    let accounts = Accounts::new(2);
+    let gone = || Learned {
+        source: Some(Arc::new(workload("gone"))),
+        source_identity: Some(identity("gone")),
+        ..learned()
+    };
+    for book in [accounts.book(0), accounts.book(1)] {
+        for learned in [learned(), gone()] {
+            let ledger = book.open(opening(Direction::Inbound));
+            ledger.learn(learned);
+            ledger.close(Reason::Complete, None);
+        }
+    }
+    let opened = |workload: &str| {
+        let labels = [("source_workload", workload)];
+        values(
+            &scrape(&accounts),
+            "istio_tcp_connections_opened_total",
+            &labels,
+        )
+    };
+    let exists = |namespace: &str, name: &str| namespace == "shop" && name != "gone";
+    // The first sweep sees that something happened; fifteen rests follow.
+    for _ in 0..15 {
+        accounts.forget(exists);
+        assert_eq!(opened("gone"), [2], "a scraper may not have seen it");
+    }
+    // A connection that is open keeps its labels, however long it rests.
+    let open = accounts.book(1).open(opening(Direction::Inbound));
+    open.learn(gone());
+    accounts.forget(exists);
+    assert_eq!(opened("gone"), [2], "of the worker that has the connection");
+    for _ in 0..40 {
+        accounts.forget(exists);
+    }
+    assert_eq!(opened("gone"), [2]);
+    open.close(Reason::Complete, None);
+    for _ in 0..16 {
+        accounts.forget(exists);
+    }
+    assert_eq!(opened("gone"), Vec::<u64>::new());
+    assert_eq!(opened("web"), [2], "the mesh knows it");
+    let samples = scrape(&accounts);
+    let all = [("direction", "inbound")];
+    assert_eq!(
+        values(&samples, "ztunnel_connections_opened_total", &all),
+        [5]
+    );
+}
+
 #[test]
-fn other_rooms_share_the_page_with_the_process_and_the_build() {
+fn other_rooms_share_the_page_with_the_process() {
     let accounts = Accounts::new(1);
     accounts.register(Box::new(Drops(1)));
     accounts.register(Box::new(Drops(2)));
     let samples = scrape(&accounts);
     assert_eq!(values(&samples, "ztunnel_capture_drops_total", &[]), [1, 2]);
-    let build = [("component", "ztunnel"), ("tag", env!("CARGO_PKG_VERSION"))];
-    assert_eq!(values(&samples, "istio_build", &build), [1]);
     assert_eq!(values(&samples, "process_open_fds", &[]).len(), 1);
     assert_eq!(values(&samples, "process_max_fds", &[]).len(), 1);
 }

@@ -40,7 +40,7 @@ async fn both_paths_give_the_page_and_accept_decides_its_type() {
         let answer = ask(addr, &format!("GET {path} HTTP/1.1\r\n")).await;
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
         assert!(answer.contains("content-type: text/plain; charset=utf-8\r\n"));
-        assert!(body(&answer).contains("istio_build{"), "{answer}");
+        assert!(body(&answer).contains("process_open_fds "), "{answer}");
         assert!(body(&answer).ends_with("# EOF\n"), "{answer}");
 
         let accept = "Accept: text/html, application/openmetrics-text;version=1.0.0\r\n";
@@ -86,6 +86,18 @@ async fn readiness_names_what_is_pending_sorted_until_nothing_is() {
     assert!(got.starts_with("HTTP/1.1 405 "), "{got}");
     let got = ask(addr, "GET /healthz HTTP/1.1\r\n").await;
     assert!(got.starts_with("HTTP/1.1 404 "), "{got}");
+}
+
+#[tokio::test]
+async fn pods_in_trouble_are_told_and_leave_the_node_ready() {
+    let readiness = Readiness::default();
+    let (addr, _trigger, _server) = start(readiness.clone());
+    for (troubled, answer) in [(2, "ready\npods in trouble: 2, see the log"), (0, "ready")] {
+        readiness.troubled(troubled);
+        let got = ask(addr, "GET /healthz/ready HTTP/1.1\r\n").await;
+        assert!(got.starts_with("HTTP/1.1 200 "), "{got}");
+        assert_eq!(body(&got), answer);
+    }
 }
 
 #[tokio::test]
