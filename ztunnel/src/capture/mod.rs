@@ -17,6 +17,7 @@ mod release;
 mod route;
 mod settings;
 mod sys;
+mod watch;
 
 pub use accept::{Captured, accept};
 pub use bpf::{Capture, Params};

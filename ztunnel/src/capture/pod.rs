@@ -12,6 +12,7 @@ use super::{
     listen,
     maps::{POD_MAPS, PodMaps},
     pins, route, sys,
+    watch::Watch,
 };
 
 /// A pod that this process captures. Dropping it changes nothing; [`super::Capture::release`] does.
@@ -19,6 +20,7 @@ use super::{
 pub struct PodCapture {
     node: Arc<Node>,
     netns: Arc<Netns>,
+    watch: Watch,
     ports_displaced: bool,
 }
 
@@ -35,7 +37,9 @@ impl PodCapture {
         let dir = node.generation.pod(cookie);
         let known = dir.exists();
         refuse_taken(netns, &dir)?;
-        let turned_on = route::install(netns)?;
+        let watch = Watch::open(netns)?;
+        let turned_on = route::install(netns)?.turned_on;
+        watch.forget();
         let (listeners, ports_displaced) = listen::open(netns, node.workers)?;
         let base = InboundRules {
             workers: node.workers,
@@ -68,6 +72,7 @@ impl PodCapture {
         let pod = Self {
             node: Arc::clone(node),
             netns: Arc::clone(netns),
+            watch,
             ports_displaced,
         };
         Ok((pod, listeners))
@@ -101,6 +106,20 @@ impl PodCapture {
         pod.set_rules(&inbound)?;
         state.maps.replace_cidrs(cookie, &settings.cidrs(cookie))?;
         state.maps.put_pod(cookie, &outbound)
+    }
+
+    /// Looks whether the pod has changed what capture needs in its namespace, and puts back what is
+    /// missing. True if something was. Without it the pod's connections fail; none leaves.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, or the kernel refuses a rule, a route or a sysctl.
+    pub fn repair(&self) -> Result<bool, Error> {
+        if !self.watch.is_disturbed(&self.netns)? {
+            return Ok(false);
+        }
+        let installed = route::install(&self.netns)?;
+        self.watch.forget();
+        Ok(installed.was_missing)
     }
 
     /// Makes sockets in the pod, which has these settings.

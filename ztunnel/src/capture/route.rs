@@ -23,9 +23,16 @@ use super::{Error, Netns, netns};
 /// On our connections to the application; its answers carry it too.
 pub(super) const REPLY_MARK: u32 = 0x53a;
 
-/// Installs everything; what is there already stays. Gives the sysctls that this call turned on, a
-/// bit each.
-pub(super) fn install(netns: &Netns) -> Result<u32, Error> {
+/// What [`install`] found.
+pub(super) struct Installed {
+    /// The sysctls that it turned on, a bit each.
+    pub(super) turned_on: u32,
+    /// Whether anything was not as it should be.
+    pub(super) was_missing: bool,
+}
+
+/// Installs everything; what is there already stays.
+pub(super) fn install(netns: &Netns) -> Result<Installed, Error> {
     netns
         .run_apart(|| {
             let v6 = has_v6();
@@ -36,20 +43,31 @@ pub(super) fn install(netns: &Netns) -> Result<u32, Error> {
                     turned_on |= bit;
                 }
             }
-            on_netlink(async |handle| {
+            let added = on_netlink(async |handle| {
                 let up = LinkUnspec::new_with_index(netns::LOOPBACK.get())
                     .up()
                     .build();
                 accept(handle.link().set(up).execute().await, &[])
                     .map_err(route_error("set lo up"))?;
+                let mut added = false;
                 for wanted in wanted(v6, Some(&lo)) {
-                    wanted.add(&handle).await?;
+                    added |= wanted.add(&handle).await?;
                 }
-                Ok(())
+                Ok(added)
             })?;
-            Ok(turned_on)
+            Ok(Installed {
+                turned_on,
+                was_missing: added || turned_on != 0,
+            })
         })
         .map_err(Error::NetnsEnter)?
+}
+
+/// Whether the sysctls of the namespace that this thread is in are as [`install`] left them. One
+/// that cannot be read is for `install` to name.
+pub(super) fn sysctls_are_on() -> bool {
+    sysctls(has_v6())
+        .all(|(_, path)| fs::read_to_string(path).is_ok_and(|value| value.trim() == "1"))
 }
 
 /// Takes away what [`install`] added; what is gone already is fine. `lo` stays up.
@@ -159,7 +177,8 @@ fn rule(
 }
 
 impl Wanted {
-    async fn add(self, handle: &Handle) -> Result<(), Error> {
+    /// True if it was missing.
+    async fn add(self, handle: &Handle) -> Result<bool, Error> {
         match self {
             Self::Rule(purpose, message) => {
                 let mut request = handle.rule().add();
@@ -186,18 +205,19 @@ impl Wanted {
                     .map_err(route_error(purpose))
             }
         }
+        .map(drop)
     }
 }
 
-/// Takes the listed errors of the kernel for success.
-fn accept(answer: Result<(), rtnetlink::Error>, fine: &[i32]) -> Result<(), rtnetlink::Error> {
+/// Takes the listed errors of the kernel for success: false, for nothing was to be done.
+fn accept(answer: Result<(), rtnetlink::Error>, fine: &[i32]) -> Result<bool, rtnetlink::Error> {
     match answer {
         Err(rtnetlink::Error::NetlinkError(message))
             if fine.contains(&message.raw_code().saturating_neg()) =>
         {
-            Ok(())
+            Ok(false)
         }
-        other => other,
+        other => other.map(|()| true),
     }
 }
 
