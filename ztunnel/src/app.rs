@@ -1,9 +1,12 @@
 //! The wiring: what is started in which order, what the control thread does, and the end. Takes a
 //! checked `Config`, gives the process's result; never touches a connection.
 
+use std::collections::HashSet;
+use std::future::poll_fn;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
@@ -24,7 +27,7 @@ use crate::drain;
 use crate::enrol::{Change, Enrolment, Wanted};
 use crate::identity::{self, LocalCa, Store, Versions};
 use crate::model::PodRef;
-use crate::worker::{self, Order, Worker};
+use crate::worker::{self, Order, Unserved, Worker};
 use crate::{stats, tunnel};
 
 /// Why the process cannot start.
@@ -51,6 +54,10 @@ pub enum Error {
     /// A worker.
     #[error(transparent)]
     Worker(#[from] worker::Error),
+    /// A worker ended by itself: a part of all connections would find nobody. What was open
+    /// elsewhere was drained.
+    #[error("worker {0} has ended by itself; the process must be started again")]
+    WorkerLost(usize),
 }
 
 /// Runs until a signal ends it. `log_rows` is what logging counts of itself.
@@ -78,21 +85,13 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
     capture::preflight(&params).map_err(Error::Preflight)?;
     let (state, mut updates) = Updates::open(&config.source)?;
     let ca = LocalCa::open(&config.ca_dir, wall_clock())?;
-    let lifetime = identity::Params {
-        ttl: config.secret_ttl,
-        versions: if config.tls12 {
-            Versions::From12
-        } else {
-            Versions::Only13
-        },
-        ..identity::Params::default()
-    };
-    let store = Arc::new(Store::new(lifetime, Arc::new(wall_clock)));
+    let store = Arc::new(Store::new(lifetime(config), Arc::new(wall_clock)));
     let accounts = Accounts::new(config.workers);
     accounts.register(log_rows);
     let readiness = Readiness::default();
     let state_ready = readiness.task("state manager");
     let pods_ready = readiness.task("workload proxy manager");
+    accounts.register(stats::build(&config.istio_version));
     let stats_server = admin::Server::bind(any(STATS_PORT))?;
     let readiness_server = admin::Server::bind(any(READINESS_PORT))?;
 
@@ -101,7 +100,14 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
 
     let world = next_world(&World::default(), config, &state);
     let (publish, subscribe) = watch::channel(world);
-    let workers = start_workers(config, &accounts, &store, &subscribe)?;
+    let (tell_unserved, unserved) = mpsc::channel(UNSERVED);
+    let shared = Shared {
+        accounts: &accounts,
+        store: &store,
+        world: subscribe,
+        unserved: tell_unserved,
+    };
+    let workers = start_workers(config, &shared)?;
     let (end, drain) = drain::channel();
     let servers = async {
         tokio::join!(
@@ -110,15 +116,21 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
             store.run(&ca),
         )
     };
+    let enrolment = Enrolment::new(capture);
+    accounts.register(stats::enrolment(enrolment.census()));
     let mut node = Node {
-        enrolment: Enrolment::new(capture),
+        enrolment,
         store: Arc::clone(&store),
         workers,
+        unserved,
+        readiness: readiness.clone(),
+        accounts: accounts.clone(),
         publish,
         pods: state.pods,
     };
     let control = async {
         drop(state_ready);
+        let started = Instant::now();
         node.reconcile().await;
         drop(pods_ready);
         info!(
@@ -126,20 +138,25 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
             services = node.publish.borrow().snapshot.service_count(),
             policies = node.publish.borrow().policies.iter().count(),
             pods = node.enrolment.enrolled(),
+            troubled = node.enrolment.troubled(),
             workers = config.workers,
+            took_ms = started.elapsed().as_millis(),
             "ready"
         );
-        node.control(config, &mut updates, &mut signals).await;
+        let outcome = node.control(config, &mut updates, &mut signals).await;
         node.drain(config.termination_deadline).await;
         // Last: who sees readiness gone may rely on the listeners being on their way out.
         end.graceful();
         node.end(config, &mut updates, &mut signals).await;
+        outcome
     };
     tokio::select! {
-        _ = servers => error!("the servers for operators ended before the process"),
-        () = control => {}
+        _ = servers => {
+            error!("the servers for operators ended before the process");
+            Ok(())
+        }
+        outcome = control => outcome,
     }
-    Ok(())
 }
 
 /// What the control thread works on.
@@ -147,23 +164,39 @@ struct Node {
     enrolment: Enrolment,
     store: Arc<Store>,
     workers: Vec<Worker>,
+    unserved: mpsc::Receiver<Unserved>,
+    readiness: Readiness,
+    accounts: Accounts,
     publish: watch::Sender<World>,
     pods: Vec<PodEntry>,
 }
 
 impl Node {
-    /// Follows updates until a signal asks for the end.
-    async fn control(&mut self, config: &Config, updates: &mut Updates, signals: &mut Signals) {
+    /// Follows updates until a signal asks for the end, or the node cannot do its job any more.
+    async fn control(
+        &mut self,
+        config: &Config,
+        updates: &mut Updates,
+        signals: &mut Signals,
+    ) -> Result<(), Error> {
         let mut tick = interval(RECONCILE_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sweep = interval(FORGET_EVERY);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                () = signals.stop() => return,
+                () = signals.stop() => return Ok(()),
+                number = lost(&self.workers) => {
+                    error!(worker = number, "a worker has ended by itself; ending the process");
+                    return Err(Error::WorkerLost(number));
+                }
+                Some(unserved) = self.unserved.recv() => self.give_up(&unserved).await,
                 update = updates.next() => match update {
                     Ok(state) => self.apply(config, state).await,
                     Err(error) => refused(&error),
                 },
                 _ = tick.tick() => self.reconcile().await,
+                _ = sweep.tick() => self.forget(),
             }
         }
     }
@@ -182,30 +215,63 @@ impl Node {
     async fn reconcile(&mut self) {
         let world = self.publish.borrow().clone();
         let wanted: Vec<Wanted> = self.pods.iter().map(|pod| wanted(&world, pod)).collect();
-        for change in self.enrolment.reconcile(&wanted) {
-            match change {
-                Change::Up {
-                    id,
-                    pod,
-                    listeners,
-                    dialer,
-                } => {
-                    self.prefetch(&world, &pod);
-                    for (worker, listeners) in self.workers.iter().zip(listeners) {
-                        worker
-                            .tell(Order::Up {
-                                id,
-                                pod: pod.clone(),
-                                listeners,
-                                dialer: dialer.clone(),
-                            })
-                            .await;
-                    }
+        loop {
+            for change in self.enrolment.reconcile(&wanted) {
+                self.tell(&world, change).await;
+            }
+            if !self.enrolment.is_behind() {
+                break;
+            }
+            // Many pods take a while; probes and scrapes have their turn.
+            tokio::task::yield_now().await;
+        }
+        self.readiness.troubled(self.enrolment.census().troubled());
+    }
+
+    /// Keeps the metrics page as large as the mesh.
+    fn forget(&self) {
+        let world = self.publish.borrow().clone();
+        let known: HashSet<(&str, &str)> = world
+            .snapshot
+            .workloads()
+            .map(|workload| (&*workload.namespace, &*workload.workload_name))
+            .collect();
+        self.accounts
+            .forget(|namespace, name| known.contains(&(namespace, name)));
+    }
+
+    /// Has a pod enrolled anew, by the next reconciliation, that a worker cannot serve.
+    async fn give_up(&mut self, unserved: &Unserved) {
+        if let Some(change) = self.enrolment.give_up(unserved.id, &unserved.error) {
+            let world = self.publish.borrow().clone();
+            self.tell(&world, change).await;
+            self.readiness.troubled(self.enrolment.census().troubled());
+        }
+    }
+
+    async fn tell(&self, world: &World, change: Change) {
+        match change {
+            Change::Up {
+                id,
+                pod,
+                listeners,
+                dialer,
+            } => {
+                self.prefetch(world, &pod);
+                for (worker, listeners) in self.workers.iter().zip(listeners) {
+                    worker
+                        .tell(Order::Up {
+                            id,
+                            pod: pod.clone(),
+                            listeners,
+                            dialer: dialer.clone(),
+                        })
+                        .await;
                 }
-                Change::Down(id) => {
-                    for worker in &self.workers {
-                        worker.tell(Order::Down(id)).await;
-                    }
+            }
+            Change::Down(id) => {
+                for worker in &self.workers {
+                    worker.tell(Order::Down(id)).await;
                 }
             }
         }
@@ -264,6 +330,18 @@ impl Node {
     }
 }
 
+/// Waits until a worker has ended, and says which. Cancel safe.
+async fn lost(workers: &[Worker]) -> usize {
+    let mut ends: Vec<_> = workers.iter().map(|w| Box::pin(w.ended())).collect();
+    poll_fn(|cx| {
+        let ended = ends
+            .iter_mut()
+            .position(|end| end.as_mut().poll(cx).is_ready());
+        ended.map_or(Poll::Pending, Poll::Ready)
+    })
+    .await
+}
+
 /// Gives the workers the world of this state.
 fn publish(publish: &watch::Sender<World>, config: &Config, state: &State) {
     let world = next_world(&publish.borrow(), config, state);
@@ -318,17 +396,20 @@ const fn verdict(verdict: authz::PlaintextVerdict) -> PlaintextVerdict {
     }
 }
 
-fn start_workers(
-    config: &Config,
-    accounts: &Accounts,
-    store: &Arc<Store>,
-    world: &watch::Receiver<World>,
-) -> Result<Vec<Worker>, Error> {
+/// What every worker is given.
+struct Shared<'a> {
+    accounts: &'a Accounts,
+    store: &'a Arc<Store>,
+    world: watch::Receiver<World>,
+    unserved: mpsc::Sender<Unserved>,
+}
+
+fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Error> {
     let start = |number| {
         let params = worker::Params {
             number,
-            book: accounts.book(number),
-            store: Arc::clone(store),
+            book: shared.accounts.book(number),
+            store: Arc::clone(shared.store),
             tunnel: tunnel_params(config),
             settings: context::Settings {
                 original_source: config.original_source,
@@ -340,11 +421,24 @@ fn start_workers(
                     retries: k.retries,
                 }),
             },
-            world: world.clone(),
+            world: shared.world.clone(),
+            unserved: shared.unserved.clone(),
         };
         Ok(Worker::start(params)?)
     };
     (0..config.workers).map(start).collect()
+}
+
+fn lifetime(config: &Config) -> identity::Params {
+    identity::Params {
+        ttl: config.secret_ttl,
+        versions: if config.tls12 {
+            Versions::From12
+        } else {
+            Versions::Only13
+        },
+        ..identity::Params::default()
+    }
 }
 
 fn tunnel_params(config: &Config) -> tunnel::Params {
@@ -484,3 +578,9 @@ const READINESS_PORT: u16 = 15021;
 
 /// How often the pods' namespaces are looked at when nothing else happens.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);
+
+/// Reports of the workers that may wait.
+const UNSERVED: usize = 64;
+
+/// How often label sets of workloads that are gone are looked for; forgotten after fifteen times.
+const FORGET_EVERY: Duration = Duration::from_mins(1);

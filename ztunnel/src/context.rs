@@ -1,6 +1,9 @@
 //! What the walks of one pod share on one worker: the mesh as the worker sees it, the permits, the
 //! books, the tunnels and the pod's sockets. Takes the parts, gives short answers; never decides.
 
+mod descriptors;
+mod handshakes;
+
 use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -21,7 +24,10 @@ use crate::control::World;
 use crate::drain;
 use crate::identity::Store;
 use crate::model::{AppAddr, Flow, PodRef, Reason, ToReason, UpstreamAddr, Workload};
-use crate::tunnel::{self, Dial, Pool};
+use crate::tunnel::{self, Dial, Pool, Side as _};
+
+pub use descriptors::Descriptors;
+pub use handshakes::{Handshakes, Place};
 
 /// The mesh as one worker sees it: replaced whole, read without a lock.
 #[derive(Debug)]
@@ -100,6 +106,8 @@ pub struct Context {
     pub pool: Pool<PodDial>,
     /// Connects from the pod.
     pub dial: PodDial,
+    /// The peers on the HBONE port that have not proved yet who they are.
+    pub handshakes: Handshakes,
     /// Certificates.
     pub store: Arc<Store>,
     /// HBONE's parameters.
@@ -241,31 +249,41 @@ impl Sockets for Dialer {
 #[derive(Clone, Debug)]
 pub struct PodDial {
     sockets: Rc<dyn Sockets>,
+    descriptors: Descriptors,
     keepalive: Option<tunnel::TcpKeepalive>,
 }
 
 impl PodDial {
-    /// Takes the pod's sockets and what they are given.
+    /// Takes the pod's sockets, the worker's descriptors for them and what they are given.
     #[must_use]
-    pub fn new(sockets: Rc<dyn Sockets>, keepalive: Option<tunnel::TcpKeepalive>) -> Self {
-        Self { sockets, keepalive }
+    pub fn new(
+        sockets: Rc<dyn Sockets>,
+        descriptors: Descriptors,
+        keepalive: Option<tunnel::TcpKeepalive>,
+    ) -> Self {
+        Self {
+            sockets,
+            descriptors,
+            keepalive,
+        }
     }
 
     async fn upstream(&self, upstream: UpstreamAddr) -> Result<TcpStream, DialError> {
-        let socket = self.sockets.upstream(upstream.ip());
+        let socket = || self.sockets.upstream(upstream.ip());
         self.connect(socket, upstream.addr()).await
     }
 
     async fn app(&self, client: Option<IpAddr>, app: AppAddr) -> Result<TcpStream, DialError> {
-        let socket = self.sockets.app(client, app.ip());
+        let socket = || self.sockets.app(client, app.ip());
         self.connect(socket, app.addr()).await
     }
 
     async fn connect(
         &self,
-        socket: io::Result<std::net::TcpStream>,
+        socket: impl FnMut() -> io::Result<std::net::TcpStream>,
         to: SocketAddr,
     ) -> Result<TcpStream, DialError> {
+        let socket = self.descriptors.make(socket).await;
         let socket = socket.map_err(|source| DialError::Socket { to, source })?;
         let connect = TcpSocket::from_std_stream(socket).connect(to);
         let stream = connect
@@ -303,6 +321,29 @@ impl Unserved {
     #[must_use]
     pub const fn new(stream: TcpStream) -> Self {
         Self(Some(stream))
+    }
+
+    /// Does `work` for the application, and drops it when the application gives up first. An
+    /// application that only has nothing more to say still waits for its answer. Cancel safe if
+    /// `work` is.
+    ///
+    /// # Errors
+    /// Those of `work`, or that the application gave up.
+    pub async fn for_it<T, E: From<tunnel::Error>>(
+        &self,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let gave_up = async {
+            match &self.0 {
+                Some(stream) => stream.failed().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            done = work => done,
+            gave_up = gave_up => Err(gave_up.into()),
+        }
     }
 
     /// The connection, to be relayed.

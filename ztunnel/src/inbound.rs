@@ -12,7 +12,7 @@ use tokio::task::spawn_local;
 use crate::account::{Learned, Ledger, Opening};
 use crate::authz::Permit;
 use crate::capture::Captured;
-use crate::context::{Context, DialError, NotAdmitted};
+use crate::context::{Context, DialError, NotAdmitted, Place};
 use crate::model::{
     ClientAddr, Direction, Flow, OrigDst, Reason, SecurityPolicy, SpiffeId, ToReason, UpstreamAddr,
     Workload,
@@ -22,8 +22,8 @@ use crate::tunnel::{self, Accepted, Request};
 use crate::wire::{self, Authority, Baggage, ConnectRequest, Malformed, Traceparent};
 
 /// Serves one HBONE connection into the pod until its peer ends it. A connection that fails before
-/// its first request is recorded once.
-pub async fn serve(conn: Captured, cx: Rc<Context>) {
+/// its first request is recorded once. It keeps its place until its peer has proved who it is.
+pub async fn serve(conn: Captured, place: Place, cx: Rc<Context>) {
     let Captured {
         stream,
         client,
@@ -36,7 +36,9 @@ pub async fn serve(conn: Captured, cx: Rc<Context>) {
         biased;
         handshake = handshake(stream, &cx) => handshake,
         reason = forced.forced() => Err(Failure::Forced(reason)),
+        () = place.given_away() => Err(Failure::CrowdedOut),
     };
+    drop(place);
     let accepted = match handshake {
         Ok(accepted) => accepted,
         Err(failure) => {
@@ -117,7 +119,8 @@ async fn walk(
 ) -> Result<(), Failure> {
     let prepared = match connect {
         Ok(connect) => tokio::select! {
-            prepared = prepare(&connect, peer, cx, ledger) => prepared,
+            // Apart, so that what it needs is given back before bytes move.
+            prepared = Box::pin(prepare(&connect, peer, cx, ledger)) => prepared,
             // A peer that gave up must not keep us busy.
             withdrawn = request.withdrawn() => Err(withdrawn.into()),
         },
@@ -195,6 +198,8 @@ fn asked(authority: &Authority) -> Asked {
 /// Why an inbound request ended before its two ends ended it.
 #[derive(Debug, Error)]
 enum Failure {
+    #[error("the TLS handshake was not finished, and its place was needed for another")]
+    CrowdedOut,
     #[error(transparent)]
     NotAdmitted(#[from] NotAdmitted),
     #[error(transparent)]
@@ -218,6 +223,7 @@ enum Failure {
 impl ToReason for Failure {
     fn to_reason(&self) -> Reason {
         match self {
+            Self::CrowdedOut => Reason::CrowdedOut,
             Self::NotAdmitted(e) => e.to_reason(),
             Self::Dial(e) => e.to_reason(),
             Self::Forced(reason) => *reason,

@@ -84,6 +84,7 @@ fn proxy(rest: &[String]) -> ExitCode {
     drop(guard);
     match ended {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error @ ztunnel::app::Error::WorkerLost(_)) => failed("ended", &error),
         Err(error) => failed("cannot start", &error),
     }
 }

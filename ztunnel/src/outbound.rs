@@ -80,7 +80,9 @@ async fn walk(
             expected,
         } => {
             let authority = Authority::ip(authority);
-            let opened = way.open(client, &authority, expected, trace).await;
+            let opened = way.open(client, &authority, expected, trace);
+            // Apart, so that what it needs is given back before bytes move.
+            let opened = Box::pin(stream.for_it(opened)).await;
             way.tunnelled(stream, opened, &authority).await
         }
         Hop::Plain => way.plain(stream).await,
@@ -143,7 +145,8 @@ impl Way<'_> {
     async fn plain(self, stream: Unserved) -> Result<(), Failure> {
         let identity = self.source.identity.clone().ok_or(Failure::NoIdentity)?;
         let permit = self.cx.live.outbound(&self.source.uid, identity);
-        let dialled = self.cx.dial_upstream(self.route.upstream).await;
+        let dialled = async { Ok(self.cx.dial_upstream(self.route.upstream).await?) };
+        let dialled: Result<_, Failure> = stream.for_it(dialled).await;
         self.learn(SecurityPolicy::Unknown, None, None);
         let upstream = dialled?;
         let mut drain = self.cx.drain.clone();

@@ -61,7 +61,9 @@ async fn walk(conn: Captured, cx: &Context, ledger: &Ledger) -> Result<(), Failu
     learn(cx, ledger, &local, (client, original));
     let permit = admitted?;
     let app = AppAddr::new(original.addr());
-    let app = cx.dial_app(client.ip(), app, &local).await?;
+    let app = async { Ok(cx.dial_app(client.ip(), app, &local).await?) };
+    let app: Result<_, Failure> = stream.for_it(app).await;
+    let app = app?;
     let mut drain = cx.drain.clone();
     tunnel::relay(stream.serve(), app, &permit, ledger, &mut drain).await?;
     Ok(())

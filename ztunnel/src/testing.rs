@@ -20,7 +20,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use crate::account::Accounts;
 use crate::authz::Live;
 use crate::capture::Captured;
-use crate::context::{Context, PodDial, Settings, Sockets, View};
+use crate::context::{Context, Descriptors, Handshakes, PodDial, Settings, Sockets, View};
 use crate::control::World;
 use crate::identity::testing::{Authority, id, store};
 use crate::identity::{Error, Issued, Issuer};
@@ -116,7 +116,11 @@ impl Pod {
             keepalive: Some(tunnel::TcpKeepalive::default()),
         };
         change(&mut settings);
-        let dial = PodDial::new(Rc::new(Here(Rc::clone(&made))), settings.keepalive);
+        let dial = PodDial::new(
+            Rc::new(Here(Rc::clone(&made))),
+            Descriptors::default(),
+            settings.keepalive,
+        );
         let params = Rc::new(tunnel::Params::default());
         let pool = tunnel::Pool::new(
             Rc::clone(&params),
@@ -135,6 +139,7 @@ impl Pod {
             book: accounts.book(0),
             pool,
             dial,
+            handshakes: Handshakes::default(),
             store,
             tunnel: params,
             settings,
@@ -183,7 +188,9 @@ impl Pod {
         let kept = self.made.kept.get();
         let options = kept.then(|| Options::of(&captured.stream));
         let address = captured.client;
-        tokio::task::spawn_local(crate::inbound::serve(captured, Rc::clone(&self.cx)));
+        let place = self.cx.handshakes.enter().await;
+        let cx = Rc::clone(&self.cx);
+        tokio::task::spawn_local(crate::inbound::serve(captured, place, cx));
         let credentials = self.authority.credentials(&[identity]);
         let tls = TlsConnector::from(credentials.client_config(&[id("bank")]));
         let name = ServerName::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED));

@@ -2,6 +2,8 @@
 //! worlds from the control thread, gives nothing back but its end; a connection that it accepted
 //! never leaves it.
 
+mod seldom;
+
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
@@ -18,7 +20,7 @@ use tracing::{debug, error, warn};
 use crate::account::Book;
 use crate::authz::Live;
 use crate::capture::{self, Captured, Dialer, WorkerListeners};
-use crate::context::{Context, PodDial, Settings, View};
+use crate::context::{Context, Descriptors, Handshakes, PodDial, Settings, View};
 use crate::control::World;
 use crate::drain;
 use crate::enrol::PodId;
@@ -26,6 +28,7 @@ use crate::identity::Store;
 use crate::model::{PodRef, Reason};
 use crate::tunnel::{self, Pool};
 use crate::{inbound, outbound, passthrough};
+use seldom::Seldom;
 
 /// What the control thread tells a worker.
 #[derive(Debug)]
@@ -62,6 +65,17 @@ pub struct Params {
     pub settings: Settings,
     /// The mesh, replaced whole.
     pub world: watch::Receiver<World>,
+    /// Where it tells of pods that it cannot serve.
+    pub unserved: mpsc::Sender<Unserved>,
+}
+
+/// A worker cannot accept for a pod: the pod must be enrolled anew.
+#[derive(Debug)]
+pub struct Unserved {
+    /// Which enrolment.
+    pub id: PodId,
+    /// Why.
+    pub error: io::Error,
 }
 
 /// Why a worker did not start.
@@ -118,6 +132,11 @@ impl Worker {
         }
     }
 
+    /// Waits until the worker has ended; it should only when it is told to. Cancel safe.
+    pub async fn ended(&self) {
+        self.orders.closed().await;
+    }
+
     /// Waits for the worker's end.
     pub fn join(self) {
         drop(self.orders);
@@ -166,6 +185,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         tunnel,
         settings,
         mut world,
+        unserved,
     } = params;
     let view = View::new(world.borrow_and_update().clone());
     let live = Live::default();
@@ -176,6 +196,11 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         live: live.clone(),
     };
     let tunnel = Rc::new(tunnel);
+    let accepting = Accepting {
+        descriptors: Descriptors::default(),
+        warned: Rc::default(),
+        unserved,
+    };
     let mut pods: HashMap<PodId, Pod> = HashMap::new();
     debug!(worker = number, "worker started");
     loop {
@@ -183,7 +208,8 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
             order = inbox.recv() => match order {
                 Some(Order::Up { id, pod, listeners, dialer }) => {
                     let (trigger, drain) = drain::channel();
-                    let dial = PodDial::new(Rc::new(dialer), settings.keepalive);
+                    let descriptors = accepting.descriptors.clone();
+                    let dial = PodDial::new(Rc::new(dialer), descriptors, settings.keepalive);
                     let context = Rc::new(Context {
                         pod,
                         view: Rc::clone(&view),
@@ -196,12 +222,13 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
                             drain.clone(),
                         ),
                         dial,
+                        handshakes: Handshakes::default(),
                         store: Arc::clone(&store),
                         tunnel: Rc::clone(&tunnel),
                         settings,
                         drain,
                     });
-                    serve(&context, listeners);
+                    serve(id, &context, listeners, &accepting);
                     pods.insert(id, Pod { drain: trigger });
                 }
                 Some(Order::Down(id)) => {
@@ -257,48 +284,71 @@ async fn drain(pods: HashMap<PodId, Pod>, deadline: Duration) {
     }
 }
 
+/// What all listeners of a worker share. Clones share it.
+#[derive(Clone)]
+struct Accepting {
+    descriptors: Descriptors,
+    warned: Rc<Seldom>,
+    unserved: mpsc::Sender<Unserved>,
+}
+
 /// Accepts on the pod's three listeners until the pod drains.
-fn serve(context: &Rc<Context>, listeners: WorkerListeners) {
+fn serve(id: PodId, context: &Rc<Context>, listeners: WorkerListeners, by: &Accepting) {
     let WorkerListeners {
         outbound,
         hbone,
         plaintext,
     } = listeners;
-    spawn_local(accept(outbound, Rc::clone(context), |conn, cx| {
-        spawn_local(async move { outbound::serve(conn, &cx).await });
+    let on = |listener| (id, listener, by.clone());
+    spawn_local(accept(
+        on(outbound),
+        Rc::clone(context),
+        async |conn, cx| {
+            spawn_local(async move { outbound::serve(conn, &cx).await });
+        },
+    ));
+    spawn_local(accept(on(hbone), Rc::clone(context), async |conn, cx| {
+        let place = cx.handshakes.enter().await;
+        spawn_local(inbound::serve(conn, place, cx));
     }));
-    spawn_local(accept(hbone, Rc::clone(context), |conn, cx| {
-        spawn_local(inbound::serve(conn, cx));
-    }));
-    spawn_local(accept(plaintext, Rc::clone(context), |conn, cx| {
-        spawn_local(async move { passthrough::serve(conn, &cx).await });
-    }));
+    spawn_local(accept(
+        on(plaintext),
+        Rc::clone(context),
+        async |conn, cx| {
+            spawn_local(async move { passthrough::serve(conn, &cx).await });
+        },
+    ));
 }
 
 async fn accept(
-    listener: std::net::TcpListener,
+    (id, listener, by): (PodId, std::net::TcpListener, Accepting),
     context: Rc<Context>,
-    serve: impl Fn(Captured, Rc<Context>),
+    serve: impl AsyncFn(Captured, Rc<Context>),
 ) {
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => {
-            error!(pod = %context.pod, %error, "cannot serve a listener of the pod");
+            // Whoever arrives here would wait for ever: others must know.
+            if by.unserved.send(Unserved { id, error }).await.is_err() {
+                error!(pod = %context.pod, "cannot serve a listener of the pod");
+            }
             return;
         }
     };
     let mut drain = context.drain.clone();
     loop {
         let accepted = tokio::select! {
-            accepted = capture::accept(&listener) => accepted,
+            accepted = by.accept(&listener) => accepted,
             () = drain.graceful() => break,
         };
         match accepted {
-            Ok(conn) => serve(conn, Rc::clone(&context)),
+            Ok(conn) => serve(conn, Rc::clone(&context)).await,
             Err(error) => {
                 // Out of descriptors or memory: the connection stays in the backlog, so that it
                 // waits instead of failing; trying at once would only spin.
-                warn!(pod = %context.pod, %error, "cannot accept; trying again");
+                if let Some(untold) = by.warned.tell() {
+                    warn!(pod = %context.pod, %error, untold, "cannot accept; trying again");
+                }
                 tokio::select! {
                     () = tokio::time::sleep(ACCEPT_BACKOFF) => {}
                     () = drain.graceful() => break,
@@ -308,7 +358,15 @@ async fn accept(
     }
     // What the kernel has accepted already would be reset with the listener.
     while let Some(conn) = waiting(&listener).await {
-        serve(conn, Rc::clone(&context));
+        serve(conn, Rc::clone(&context)).await;
+    }
+}
+
+impl Accepting {
+    /// The next connection, for which there is a second descriptor. Cancel safe.
+    async fn accept(&self, listener: &TcpListener) -> io::Result<Captured> {
+        self.descriptors.keep_spare()?;
+        capture::accept(listener).await
     }
 }
 
@@ -330,3 +388,6 @@ const FORCED_END: Duration = Duration::from_secs(2);
 
 /// How long a worker without descriptors waits before it accepts again.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests;

@@ -3,9 +3,10 @@
 //! missing is reported and tried again; never lets one pod's trouble touch another.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 use tracing::{info, warn};
@@ -27,7 +28,7 @@ pub struct Wanted {
 }
 
 /// The number of one enrolment; a pod that leaves and comes back gets another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PodId(u64);
 
 /// A difference.
@@ -64,6 +65,34 @@ struct Enrolled {
     capture: PodCapture,
 }
 
+/// How the pods of this node are, for whoever asks at any time.
+#[derive(Debug, Default)]
+pub struct Census {
+    enrolled: AtomicU64,
+    troubled: AtomicU64,
+    repairs: AtomicU64,
+}
+
+impl Census {
+    /// Pods that are captured.
+    #[must_use]
+    pub fn enrolled(&self) -> u64 {
+        self.enrolled.load(Ordering::Relaxed)
+    }
+
+    /// Pods that should be captured and are not, or not as they should.
+    #[must_use]
+    pub fn troubled(&self) -> u64 {
+        self.troubled.load(Ordering::Relaxed)
+    }
+
+    /// How often something that capture needs in a pod was gone and was put back.
+    #[must_use]
+    pub fn repairs(&self) -> u64 {
+        self.repairs.load(Ordering::Relaxed)
+    }
+}
+
 /// The wanted pods whose namespace was found, by namespace.
 type Found<'w> = BTreeMap<NetnsCookie, (&'w Wanted, Arc<Netns>)>;
 
@@ -72,6 +101,9 @@ pub struct Enrolment {
     capture: Capture,
     enrolled: BTreeMap<NetnsCookie, Enrolled>,
     troubled: BTreeMap<PodRef, String>,
+    /// Namespaces that this round has tried to enrol, while it is not finished.
+    tried: BTreeSet<NetnsCookie>,
+    census: Arc<Census>,
     next_id: u64,
     settled: bool,
 }
@@ -93,36 +125,87 @@ impl Enrolment {
             capture,
             enrolled: BTreeMap::new(),
             troubled: BTreeMap::new(),
+            tried: BTreeSet::new(),
+            census: Arc::default(),
             next_id: 0,
             settled: false,
         }
     }
 
     /// Brings the pods to what is wanted and gives the difference. Call it when something changed
-    /// and, because namespaces vanish without a word, from time to time.
+    /// and, because namespaces vanish without a word, from time to time. Enrolling takes some
+    /// milliseconds each, so one call enrols a few: call it again while [`Self::is_behind`].
     ///
     /// Capture goes by namespace, so a pod that only changed its name or account stays captured
     /// all the while; and a pod whose path leads nowhere any more stays captured until its
     /// namespace is dead, because its processes may live on.
     pub fn reconcile(&mut self, wanted: &[Wanted]) -> Vec<Change> {
         let mut changes = Vec::new();
+        let listed: BTreeSet<&PodRef> = wanted.iter().map(|wanted| &wanted.pod).collect();
         let (found, lost) = self.find(wanted);
-        self.leave(wanted, &found, &mut changes);
+        self.leave(&listed, &found, &mut changes);
+        let mut behind = false;
+        let before = self.tried.len();
         for (cookie, (wanted, netns)) in &found {
+            if !self.enrolled.contains_key(cookie) && !self.tried.contains(cookie) {
+                if self.tried.len() - before == BATCH {
+                    behind = true;
+                    continue;
+                }
+                self.tried.insert(*cookie);
+            } else if !self.enrolled.contains_key(cookie) {
+                // It failed in this round already.
+                continue;
+            }
             match self.keep_or_enrol(*cookie, wanted, netns) {
                 Ok(Some(change)) => changes.push(change),
                 Ok(None) => {}
                 Err(trouble) => self.report(&wanted.pod, &trouble),
             }
         }
-        self.troubled
-            .retain(|pod, _| wanted.iter().any(|w| w.pod == *pod));
+        self.troubled.retain(|pod, _| listed.contains(pod));
+        self.count();
+        if behind {
+            return changes;
+        }
+        self.tried.clear();
         // Pins that an earlier process left may be those of a pod that is not found now.
         if !self.settled && lost == 0 {
             self.settled = self.release_forgotten(&found);
         }
         self.collect();
         changes
+    }
+
+    /// Whether pods wait to be enrolled by another call.
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
+        !self.tried.is_empty()
+    }
+
+    /// Takes an enrolment back that somebody cannot serve; its pod stays captured, and is enrolled
+    /// anew by the next call.
+    pub fn give_up(&mut self, id: PodId, error: &dyn std::error::Error) -> Option<Change> {
+        let (&cookie, _) = self.enrolled.iter().find(|(_, held)| held.id == id)?;
+        let held = self.enrolled.remove(&cookie)?;
+        self.report(&held.wanted.pod, error);
+        self.count();
+        Some(Change::Down(id))
+    }
+
+    /// How the pods are, kept up to date by every call.
+    #[must_use]
+    pub fn census(&self) -> Arc<Census> {
+        Arc::clone(&self.census)
+    }
+
+    fn count(&self) {
+        let number = |count| u64::try_from(count).unwrap_or(u64::MAX);
+        let Census {
+            enrolled, troubled, ..
+        } = &*self.census;
+        enrolled.store(number(self.enrolled.len()), Ordering::Relaxed);
+        troubled.store(number(self.troubled.len()), Ordering::Relaxed);
     }
 
     /// The namespaces of the wanted pods, and how many were not found.
@@ -182,7 +265,7 @@ impl Enrolment {
     }
 
     /// Ends what is not wanted any more. Only a pod that is not listed is released.
-    fn leave(&mut self, wanted: &[Wanted], found: &Found<'_>, changes: &mut Vec<Change>) {
+    fn leave(&mut self, listed: &BTreeSet<&PodRef>, found: &Found<'_>, changes: &mut Vec<Change>) {
         let gone: Vec<NetnsCookie> = self
             .enrolled
             .iter()
@@ -201,7 +284,7 @@ impl Enrolment {
             let netns = held.wanted.netns.display();
             if let Some((now, _)) = found.get(&cookie) {
                 info!(%pod, %netns, now = %now.pod, "the namespace belongs to another pod now");
-            } else if wanted.iter().any(|w| w.pod == *pod) {
+            } else if listed.contains(pod) {
                 warn!(
                     %pod, %netns,
                     "the path does not lead to the pod's namespace any more; its processes, if any \
@@ -230,6 +313,12 @@ impl Enrolment {
             if held.wanted != *wanted {
                 held.wanted = wanted.clone();
             }
+            if held.capture.repair()? {
+                self.census.repairs.fetch_add(1, Ordering::Relaxed);
+                let pod = &wanted.pod;
+                warn!(%pod, "rules, routes or lo of the pod were changed; put back");
+            }
+            self.troubled.remove(&wanted.pod);
             return Ok(None);
         }
         let (capture, listeners) = self.capture.enrol(netns, &wanted.settings)?;
@@ -255,7 +344,7 @@ impl Enrolment {
     }
 
     /// Says a trouble once, and again only when it changes.
-    fn report(&mut self, pod: &PodRef, trouble: &Trouble) {
+    fn report(&mut self, pod: &PodRef, trouble: &dyn std::error::Error) {
         let text = error_chain(trouble);
         if self.troubled.get(pod) != Some(&text) {
             warn!(%pod, error = %text, "pod not enrolled; trying again");
@@ -312,3 +401,6 @@ fn error_chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+/// Pods that one call enrols.
+const BATCH: usize = 32;

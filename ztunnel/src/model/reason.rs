@@ -25,6 +25,8 @@ pub enum Reason {
     ConnectFailed,
     /// A dial got no answer in time.
     ConnectTimedOut,
+    /// Its handshake was not done when others waited for its place.
+    CrowdedOut,
     /// The process ended before the connection did.
     Drained,
     /// The destination port is one of the proxy's own.
@@ -79,12 +81,13 @@ pub trait ToReason {
 
 impl Reason {
     /// All of them, for counters that exist from the start.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::BadDestination,
         Self::BadRequest,
         Self::Complete,
         Self::ConnectFailed,
         Self::ConnectTimedOut,
+        Self::CrowdedOut,
         Self::Drained,
         Self::ForbiddenPort,
         Self::H2Failed,
@@ -118,6 +121,7 @@ impl Reason {
             Self::Complete => "complete",
             Self::ConnectFailed => "connect_failed",
             Self::ConnectTimedOut => "connect_timed_out",
+            Self::CrowdedOut => "crowded_out",
             Self::Drained => "drained",
             Self::ForbiddenPort => "forbidden_port",
             Self::H2Failed => "h2_failed",
@@ -154,7 +158,7 @@ impl Reason {
             Self::H2Failed | Self::H2TimedOut => "H2_HANDSHAKE_FAILURE",
             Self::IdentityUnavailable => "IDENTITY_ERROR",
             Self::NetworkPolicy => "NETWORK_POLICY",
-            Self::TlsFailed | Self::TlsTimedOut => "TLS_FAILURE",
+            Self::CrowdedOut | Self::TlsFailed | Self::TlsTimedOut => "TLS_FAILURE",
             Self::BadDestination
             | Self::BadRequest
             | Self::ConnectFailed
@@ -184,6 +188,7 @@ impl Reason {
             Self::PolicyDenied | Self::PolicyMissing | Self::PolicyRevoked => 401,
             Self::ConnectFailed
             | Self::ConnectTimedOut
+            | Self::CrowdedOut
             | Self::Drained
             | Self::ForbiddenPort
             | Self::H2Failed
@@ -218,6 +223,7 @@ impl Reason {
             | Self::Complete
             | Self::ConnectFailed
             | Self::ConnectTimedOut
+            | Self::CrowdedOut
             | Self::Drained
             | Self::ForbiddenPort
             | Self::H2Failed

@@ -275,3 +275,51 @@ async fn an_open_connection_works_through_a_graceful_drain_and_ends_with_a_force
     })
     .await;
 }
+
+/// DESIGN: resets stay resets, also before there is anything to reset at the other end.
+#[tokio::test]
+async fn an_application_that_gives_up_early_takes_its_connect_back() {
+    worker(async {
+        let cart = own_ip();
+        let pod = Pod::new(mesh(cart, Protocol::Hbone, 8080));
+        let server = HboneServer::new(&pod.authority, CART, cart).await;
+        let app = dial(&pod, VIP).await;
+        let mut tunnel = server.accept().await;
+        let (_request, mut respond) = tunnel.accept().await.unwrap().unwrap();
+        app.set_zero_linger().unwrap();
+        drop(app);
+        let reset = tokio::select! {
+            reset = std::future::poll_fn(|cx| respond.poll_reset(cx)) => reset.unwrap(),
+            _ = tunnel.accept() => panic!("the tunnel stays, without another request"),
+        };
+        assert_eq!(reset, h2::Reason::CANCEL);
+        assert_eq!(pod.ended(Direction::Outbound, Reason::Reset), 1);
+    })
+    .await;
+}
+
+/// The same where there is no tunnel: the dial is dropped.
+#[tokio::test]
+async fn an_application_that_gives_up_early_ends_a_plain_connect() {
+    worker(async {
+        let cart = own_ip();
+        let pod = Pod::new(mesh(cart, Protocol::Tcp, 8080));
+        // A listener whose queue is full answers no SYN.
+        let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
+        let listener = listener.unwrap();
+        let at = std::net::SocketAddr::new(cart, 8080);
+        listener.bind(&at.into()).unwrap();
+        listener.listen(0).unwrap();
+        let _first = TcpStream::connect(at).await.unwrap();
+        let app = dial(&pod, VIP).await;
+        while pod.made.count() == 0 {
+            tokio::task::yield_now().await;
+        }
+        app.set_zero_linger().unwrap();
+        drop(app);
+        while pod.ended(Direction::Outbound, Reason::Reset) == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
