@@ -187,6 +187,11 @@ fn two_sigints_end_it_at_once() -> Result<()> {
     mesh.a.signal(Signal::SIGINT)?;
     wait_closed(&mesh.a)?;
     assert_alive(&mut stream).context("one SIGINT drains")?;
+    // Whoever stops it may say so twice; only a second SIGINT is impatient.
+    mesh.a.signal(Signal::SIGTERM)?;
+    mesh.a.signal(Signal::SIGTERM)?;
+    ensure!(mesh.a.wait_exit(WATCH).is_err(), "a SIGTERM cut the drain");
+    assert_alive(&mut stream).context("and so does a SIGTERM")?;
     let began = Instant::now();
     mesh.a.signal(Signal::SIGINT)?;
     mesh.a.wait_exit(PATIENCE)?;

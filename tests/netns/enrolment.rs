@@ -211,6 +211,54 @@ fn a_pod_whose_namespace_lost_its_path_stays_closed_and_comes_back() -> Result<(
     assert_silent(&sniffer)
 }
 
+// With NET_ADMIN a pod may take away what brings its answers back; that closes it, and is mended.
+#[test]
+fn rules_routes_and_lo_that_a_pod_takes_away_are_put_back_and_counted() -> Result<()> {
+    let mesh = Mesh::start(pods(), MeshFile::of)?;
+    let (client, server) = (mesh.pod("client")?, mesh.pod("server")?);
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    assert_echo(&client.netns, server.at(9000))?;
+    assert_echo(&client.netns, server.at6(9000))?;
+    let whole = Routing::of(&server.netns)?;
+    let sniffer = mesh.sniffer()?;
+    for (name, script) in [
+        ("IPv4 rule", "ip rule del pref 32763"),
+        (
+            "IPv6 rules",
+            "ip -6 rule del pref 32763; ip -6 rule del pref 32764",
+        ),
+        ("IPv4 routes", "ip route flush table 15006"),
+        (
+            "IPv6 routes",
+            "ip -6 route flush table 15006; ip -6 route flush table 15001",
+        ),
+        ("sysctl", "echo 0 > /proc/sys/net/ipv4/tcp_fwmark_accept"),
+        ("lo", "ip link set lo down"),
+    ] {
+        let before = Before::of(&mesh.b)?;
+        let mark = mesh.b.log().mark();
+        output(Some(&server.netns), "sh", &["-c", script], "").context(name)?;
+        ensure!(
+            name == "lo" || Routing::of(&server.netns)? != whole,
+            "{name}: nothing was changed"
+        );
+        wait::until(&format!("{name} to be put back"), PATIENCE, || {
+            (Routing::of(&server.netns).ok()? == whole).then_some(())
+        })?;
+        before
+            .wait_gain("ztunnel_enrol_repairs_total", &[], 1.0)
+            .context(name)?;
+        let said = |line: &str| line.contains("put back").then_some(());
+        mesh.b
+            .log()
+            .wait_since(mark, "the repair", PATIENCE, said)?;
+        for to in [server.at(9000), server.at6(9000)] {
+            assert_echo(&client.netns, to).context(name)?;
+        }
+    }
+    assert_silent(&sniffer)
+}
+
 fn assert_silent(sniffer: &Sniffer) -> Result<()> {
     let seen = sniffer.seen()?;
     ensure!(seen.count(CANARY)? == 0, "plaintext on the link");

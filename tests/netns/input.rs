@@ -456,6 +456,26 @@ fn a_port_that_is_taken_is_named() -> Result<()> {
 }
 
 #[test]
+fn probes_and_scrapes_are_answered_also_where_ipv6_sockets_are_for_ipv6_alone() -> Result<()> {
+    let topology = pods().build()?;
+    let good = MeshFile::of(&topology).for_node("a");
+    let net = &topology.node("a")?.netns;
+    net.sysctl("net.ipv6.bindv6only", "1")?;
+    let settings = Settings::of(&topology)?.env("ISTIO_META_ISTIO_VERSION", "1.29.1");
+    // It is ready, and so answers on 127.0.0.1.
+    let node = Node::start(&topology, "a", &good, settings)?;
+    let build = [("component", "ztunnel"), ("tag", "1.29.1")];
+    ensure!(node.metrics()?.sum("istio_build", &build) > 0.5);
+    for port in [15020, 15021] {
+        drop(apps::dial(
+            net,
+            (std::net::Ipv6Addr::LOCALHOST, port).into(),
+        )?);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_word_that_it_does_not_know_is_refused() -> Result<()> {
     let out = Command::new(binary()?).arg("dance").env_clear().output()?;
     ensure!(!out.status.success(), "{}", out.status);

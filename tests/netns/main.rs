@@ -12,6 +12,9 @@
 mod drain;
 mod enrolment;
 mod exclusions;
+mod faults;
+mod faults_inbound;
+mod faults_network;
 mod hostile;
 mod identity;
 mod input;
@@ -19,6 +22,7 @@ mod journey;
 mod kill;
 mod limits;
 mod listener;
+mod many;
 mod mesh;
 mod plaintext;
 mod policy;

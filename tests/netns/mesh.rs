@@ -146,12 +146,13 @@ pub(crate) fn knock(
     apps::knock(netns, to, request, patience).map(|(heard, _)| heard)
 }
 
-/// Made and ended, or never made: but not silence, and no byte.
+/// Made and reset, or never made: but not silence, no byte, and no clean end that could be taken for
+/// an empty answer.
 pub(crate) fn is_refused(heard: &Heard) -> bool {
     matches!(
         heard,
         // A reset can be faster than the application that asks how its connect went.
-        Heard::Nothing(End::Fin | End::Reset)
+        Heard::Nothing(End::Reset)
             | Heard::NotConnected(ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset)
     )
 }

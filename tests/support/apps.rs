@@ -343,10 +343,17 @@ pub fn knock(
         Err(error) => Heard::NotConnected(error.kind()),
         Ok(mut stream) => {
             stream.set_write_timeout(Some(patience))?;
-            // Whoever refuses may have closed already; reading tells how.
-            drop(stream.write_all(request));
+            // Whoever refuses may have done so already. Reading tells how, unless writing was told
+            // of the reset: the kernel says it once, and then it looks like a clean end.
+            let reset = stream.write_all(request).is_err_and(|error| {
+                matches!(
+                    error.kind(),
+                    ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
+                )
+            });
             drop(stream.shutdown(Shutdown::Write));
             match read_end(&stream, patience)? {
+                (End::Fin, bytes) if bytes.is_empty() && reset => Heard::Nothing(End::Reset),
                 (end, bytes) if bytes.is_empty() => Heard::Nothing(end),
                 (_, bytes) => Heard::Answer(bytes),
             }

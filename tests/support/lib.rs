@@ -28,6 +28,7 @@ pub mod load;
 pub mod meshfile;
 pub mod metrics;
 pub mod netns;
+pub mod peer;
 pub mod process;
 pub mod programs;
 pub mod reaper;
