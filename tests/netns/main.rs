@@ -22,6 +22,7 @@ mod journey;
 mod kill;
 mod limits;
 mod listener;
+mod local;
 mod many;
 mod mesh;
 mod plaintext;

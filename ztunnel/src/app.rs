@@ -415,6 +415,7 @@ fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Er
                 original_source: config.original_source,
                 response_baggage: config.response_baggage,
                 policy_info_logging: config.policy_info_logging,
+                local_fast_path: config.local_fast_path,
                 keepalive: config.keepalive.map(|k| tunnel::TcpKeepalive {
                     time: k.time,
                     interval: k.interval,

@@ -93,6 +93,8 @@ pub struct Config {
     pub response_baggage: bool,
     /// Policy decisions are logged at info, not debug.
     pub policy_info_logging: bool,
+    /// Between pods of this node, bytes go from socket to socket, without a tunnel.
+    pub local_fast_path: bool,
     /// How long open connections may go on after SIGTERM.
     pub termination_deadline: Duration,
     /// TCP keepalive; `None` when switched off.
@@ -149,6 +151,7 @@ impl Config {
             original_source: flag("ENABLE_ORIG_SRC", true)?,
             response_baggage: flag("ENABLE_RESPONSE_BAGGAGE", true)?,
             policy_info_logging: flag("AUTHZ_POLICY_INFO_LOGGING", false)?,
+            local_fast_path: flag("LOCAL_FAST_PATH", true)?,
             termination_deadline: termination_deadline(&env)?,
             keepalive: keepalive(&env)?,
             pool_max_streams: env.at_least_one("POOL_MAX_STREAMS_PER_CONNECTION", 100)?,
@@ -415,7 +418,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 27] = [
+const READ: [&str; 28] = [
     "AUTHZ_POLICY_INFO_LOGGING",
     "BPF_PIN_DIR",
     "CA_DIR",
@@ -430,6 +433,7 @@ const READ: [&str; 27] = [
     "KEEPALIVE_INTERVAL",
     "KEEPALIVE_RETRIES",
     "KEEPALIVE_TIME",
+    "LOCAL_FAST_PATH",
     "LOCAL_XDS",
     "LOCAL_XDS_PATH",
     "LOG_FORMAT",
@@ -505,6 +509,7 @@ mod tests {
         assert_eq!(config.pool_max_streams, 100);
         assert_eq!(config.stream_window_bytes, 4 << 20);
         assert!(!config.tls12, "TLS 1.3 alone");
+        assert!(config.local_fast_path, "ours, and on");
         assert_eq!(config.keepalive.unwrap().retries, 9);
         assert_eq!(config.ignored, Vec::<String>::new());
     }
@@ -519,6 +524,7 @@ mod tests {
             ("KEEPALIVE_TIME", "3 parsecs"),
             ("CONNECTION_TERMINATION_DEADLINE", "x"),
             ("ENABLE_ORIG_SRC", "maybe"),
+            ("LOCAL_FAST_PATH", "sometimes"),
             ("ZTUNNEL_WORKER_THREADS", "150%"),
             ("ZTUNNEL_WORKER_THREADS", "many"),
             ("ZTUNNEL_WORKER_THREADS", "1000"),

@@ -5,8 +5,9 @@ mod descriptors;
 mod handshakes;
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fmt, io};
@@ -22,8 +23,8 @@ use crate::authz::{Denied, DryRun, Live, Permit};
 use crate::capture::Dialer;
 use crate::control::World;
 use crate::drain;
-use crate::identity::Store;
-use crate::model::{AppAddr, Flow, PodRef, Reason, ToReason, UpstreamAddr, Workload};
+use crate::identity::{self, Store};
+use crate::model::{AppAddr, Flow, PodRef, Reason, SpiffeId, ToReason, UpstreamAddr, Workload};
 use crate::tunnel::{self, Dial, Pool, Side as _};
 
 pub use descriptors::Descriptors;
@@ -87,8 +88,65 @@ pub struct Settings {
     pub response_baggage: bool,
     /// Policy decisions are logged at info, not debug.
     pub policy_info_logging: bool,
+    /// Between pods of this node, bytes go from socket to socket, without a tunnel.
+    pub local_fast_path: bool,
     /// TCP keepalive of relayed sockets.
     pub keepalive: Option<tunnel::TcpKeepalive>,
+}
+
+/// The pods of this node as one worker serves them: a pod is found here from the moment that its
+/// listeners are served until it leaves. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Neighbours(Rc<RefCell<Pods>>);
+
+/// By namespace and name.
+type Pods = HashMap<(Arc<str>, Arc<str>), Weak<Context>>;
+
+impl Neighbours {
+    /// The pod is served from now on.
+    pub fn enter(&self, pod: &Rc<Context>) {
+        let key = key(&pod.pod.namespace, &pod.pod.name);
+        self.0.borrow_mut().insert(key, Rc::downgrade(pod));
+    }
+
+    /// The pod is not served any more. One of the same name that came after it stays.
+    pub fn leave(&self, pod: &Weak<Context>) {
+        self.0.borrow_mut().retain(|_, held| !held.ptr_eq(pod));
+    }
+
+    /// The pod of this node that is this workload.
+    #[must_use]
+    pub fn pod_of(&self, workload: &Workload) -> Option<Rc<Context>> {
+        let pods = self.0.borrow();
+        let pod = pods.get(&key(&workload.namespace, &workload.name))?;
+        let pod = pod.upgrade()?;
+        // Names are those of one cluster; the state may tell of several.
+        let world = pod.view.world();
+        let own = world.snapshot.pod(&pod.pod)?;
+        (own.uid == workload.uid).then_some(pod)
+    }
+}
+
+fn key(namespace: &Arc<str>, name: &Arc<str>) -> (Arc<str>, Arc<str>) {
+    (Arc::clone(namespace), Arc::clone(name))
+}
+
+/// An identity and until when its certificate need not be looked for again: the store is shared by
+/// all threads, and a connection must not wait for another worker.
+#[derive(Debug, Default)]
+pub struct Attested(RefCell<Option<(SpiffeId, Instant)>>);
+
+impl Attested {
+    fn holds(&self, identity: &SpiffeId) -> bool {
+        let held = self.0.borrow();
+        held.as_ref()
+            .is_some_and(|(known, until)| known == identity && Instant::now() < *until)
+    }
+
+    fn remember(&self, identity: &SpiffeId, valid: Duration) {
+        let until = Instant::now() + valid.min(ATTESTED_FOR);
+        *self.0.borrow_mut() = Some((identity.clone(), until));
+    }
 }
 
 /// What the walks of one pod share on one worker.
@@ -116,6 +174,10 @@ pub struct Context {
     pub settings: Settings,
     /// The pod's end.
     pub drain: drain::Signal,
+    /// The pods of this node.
+    pub neighbours: Neighbours,
+    /// What this node last knew to hold a certificate for.
+    pub attested: Attested,
 }
 
 impl Context {
@@ -125,6 +187,21 @@ impl Context {
         let deadline = Instant::now() + OWN_WORKLOAD_WAIT;
         let find = |world: &World| world.snapshot.pod(&self.pod).map(Arc::clone);
         self.view.wait_for(deadline, find).await
+    }
+
+    /// Makes sure that this node may speak for the pod under this identity: that it holds a
+    /// certificate of it which is valid now. Cancel safe.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn attest(&self, identity: &SpiffeId) -> Result<(), identity::Error> {
+        if self.attested.holds(identity) {
+            return Ok(());
+        }
+        let credentials = self.store.get(identity).await?;
+        let valid = credentials.valid_with(credentials.chain());
+        self.attested.remember(identity, valid);
+        Ok(())
     }
 
     /// A permit for a connection into this pod. Waits a moment for a policy that the workload
@@ -432,6 +509,9 @@ impl ToReason for DialError {
 /// How long a connection waits for the control plane to tell of the pod's own workload.
 // PROTOCOL.md#own-workload
 const OWN_WORKLOAD_WAIT: Duration = Duration::from_secs(5);
+
+/// How long a certificate that was found is not looked for again.
+const ATTESTED_FOR: Duration = Duration::from_secs(5);
 
 /// How long a connection waits for a policy that its workload names: the control plane sends the
 /// workload and the policy on one stream, moments apart.

@@ -1,6 +1,8 @@
 //! The walk out of a pod: captured → route → permit → stream → relay. Takes a captured connection,
 //! gives one ending; never lets a byte out before there is a permit.
 
+mod local;
+
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -9,6 +11,7 @@ use crate::account::{Learned, Ledger, Opening};
 use crate::authz::Permit;
 use crate::capture::Captured;
 use crate::context::{Context, DialError, Unserved};
+use crate::identity;
 use crate::model::{ClientAddr, Direction, Reason, SecurityPolicy, SpiffeId, ToReason, Workload};
 use crate::resolve::{self, Hop, Query, Route};
 use crate::tunnel::{self, Opened, Target};
@@ -79,6 +82,10 @@ async fn walk(
             authority,
             expected,
         } => {
+            if let Some(near) = way.neighbour(authority, &expected) {
+                // Apart, so that a connection through a tunnel is not as large as both.
+                return Box::pin(local::serve(way, near, stream, client, trace)).await;
+            }
             let authority = Authority::ip(authority);
             let opened = way.open(client, &authority, expected, trace);
             // Apart, so that what it needs is given back before bytes move.
@@ -178,6 +185,12 @@ enum Failure {
     Forced(Reason),
     #[error("a header of the CONNECT cannot be written")]
     Header(#[from] Malformed),
+    #[error("this node has no certificate for the pod")]
+    Identity(#[source] identity::Error),
+    #[error("ended at the pod that it goes to")]
+    NeighbourEnded,
+    #[error("refused at the pod that it goes to")]
+    NeighbourRefused(#[source] local::Refusal),
     #[error("the pod's workload has no identity")]
     NoIdentity,
     #[error(transparent)]
@@ -196,6 +209,9 @@ impl ToReason for Failure {
             Self::Dial(e) => e.to_reason(),
             Self::Forced(reason) => *reason,
             Self::Header(e) => e.to_reason(),
+            Self::Identity(e) => e.to_reason(),
+            Self::NeighbourEnded => Reason::Reset,
+            Self::NeighbourRefused(_) => Reason::PeerRefused,
             Self::NoIdentity => Reason::IdentityUnavailable,
             Self::Resolve(e) => e.to_reason(),
             Self::SelfCall => Reason::SelfCall,

@@ -20,7 +20,9 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use crate::account::Accounts;
 use crate::authz::Live;
 use crate::capture::Captured;
-use crate::context::{Context, Descriptors, Handshakes, PodDial, Settings, Sockets, View};
+use crate::context::{
+    Attested, Context, Descriptors, Handshakes, Neighbours, PodDial, Settings, Sockets, View,
+};
 use crate::control::World;
 use crate::identity::testing::{Authority, id, store};
 use crate::identity::{Error, Issued, Issuer};
@@ -113,6 +115,7 @@ impl Pod {
             original_source: true,
             response_baggage: true,
             policy_info_logging: false,
+            local_fast_path: true,
             keepalive: Some(tunnel::TcpKeepalive::default()),
         };
         change(&mut settings);
@@ -144,7 +147,10 @@ impl Pod {
             tunnel: params,
             settings,
             drain: signal,
+            neighbours: Neighbours::default(),
+            attested: Attested::default(),
         });
+        cx.neighbours.enter(&cx);
         Self {
             cx,
             drain,
@@ -154,14 +160,71 @@ impl Pod {
         }
     }
 
+    /// Another pod of this node, on the same worker.
+    pub(crate) fn neighbour(&self, name: &str) -> Self {
+        let made = Rc::new(Made::default());
+        let (drain, signal) = drain::channel();
+        let own = &self.cx;
+        let dial = PodDial::new(
+            Rc::new(Here(Rc::clone(&made))),
+            Descriptors::default(),
+            own.settings.keepalive,
+        );
+        let pool = tunnel::Pool::new(
+            Rc::clone(&own.tunnel),
+            dial.clone(),
+            Arc::clone(&own.store),
+            signal.clone(),
+        );
+        let cx = Rc::new(Context {
+            pod: PodRef {
+                name: name.into(),
+                namespace: "shop".into(),
+                service_account: name.into(),
+            },
+            view: Rc::clone(&own.view),
+            live: own.live.clone(),
+            book: own.book.clone(),
+            pool,
+            dial,
+            handshakes: Handshakes::default(),
+            store: Arc::clone(&own.store),
+            tunnel: Rc::clone(&own.tunnel),
+            settings: own.settings,
+            drain: signal,
+            neighbours: own.neighbours.clone(),
+            attested: Attested::default(),
+        });
+        cx.neighbours.enter(&cx);
+        Self {
+            cx,
+            drain,
+            made,
+            authority: Arc::clone(&self.authority),
+            accounts: self.accounts.clone(),
+        }
+    }
+
+    /// How many connections were routed so.
+    pub(crate) fn routed(&self, direction: Direction, path: &str) -> u64 {
+        let row = format!(
+            "ztunnel_connections_routed_total{{direction=\"{direction}\",path=\"{path}\"}} "
+        );
+        self.sample(&row)
+    }
+
     /// How many connections have ended so.
     pub(crate) fn ended(&self, direction: Direction, reason: Reason) -> u64 {
         let row = format!(
             "ztunnel_connections_total{{direction=\"{direction}\",reason=\"{}\"}} ",
             reason.as_str()
         );
+        self.sample(&row)
+    }
+
+    fn sample(&self, row: &str) -> u64 {
         let page = self.accounts.encode();
-        let value = page.lines().find_map(|line| line.strip_prefix(&row));
+        let value = page.lines().find_map(|line| line.strip_prefix(row));
         value.map_or(0, |value| value.parse().unwrap())
     }
 

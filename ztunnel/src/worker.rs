@@ -6,7 +6,7 @@ mod seldom;
 
 use std::collections::HashMap;
 use std::io;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -20,7 +20,9 @@ use tracing::{debug, error, warn};
 use crate::account::Book;
 use crate::authz::Live;
 use crate::capture::{self, Captured, Dialer, WorkerListeners};
-use crate::context::{Context, Descriptors, Handshakes, PodDial, Settings, View};
+use crate::context::{
+    Attested, Context, Descriptors, Handshakes, Neighbours, PodDial, Settings, View,
+};
 use crate::control::World;
 use crate::drain;
 use crate::enrol::PodId;
@@ -148,6 +150,7 @@ impl Worker {
 
 struct Pod {
     drain: drain::Trigger,
+    context: Weak<Context>,
 }
 
 /// The mesh as this worker is given it, and the permits that depend on it.
@@ -195,6 +198,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         view: Rc::clone(&view),
         live: live.clone(),
     };
+    let neighbours = Neighbours::default();
     let tunnel = Rc::new(tunnel);
     let accepting = Accepting {
         descriptors: Descriptors::default(),
@@ -227,12 +231,17 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
                         tunnel: Rc::clone(&tunnel),
                         settings,
                         drain,
+                        neighbours: neighbours.clone(),
+                        attested: Attested::default(),
                     });
                     serve(id, &context, listeners, &accepting);
-                    pods.insert(id, Pod { drain: trigger });
+                    neighbours.enter(&context);
+                    let context = Rc::downgrade(&context);
+                    pods.insert(id, Pod { drain: trigger, context });
                 }
                 Some(Order::Down(id)) => {
                     if let Some(pod) = pods.remove(&id) {
+                        neighbours.leave(&pod.context);
                         pod.drain.force(Reason::PodRemoved);
                     }
                 }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::ledger::{Learned, Opening};
-use crate::model::{Direction, LogLevel, Reason, SpiffeId, Workload};
+use crate::model::{Direction, LogLevel, Reason, SecurityPolicy, SpiffeId, Workload};
 
 /// How a connection ended.
 #[derive(Debug)]
@@ -51,6 +51,7 @@ macro_rules! complete {
             bytes_recv = $received,
             duration = milliseconds($ending.duration),
             reason = $ending.reason.as_str(),
+            path = path($learned.security),
             error = $ending.error.as_deref(),
         }, "connection complete")
     };
@@ -74,7 +75,7 @@ macro_rules! failed {
 
 /// The connection has its route.
 pub(super) fn opened(opening: &Opening, learned: &Learned) {
-    learned!(DEBUG, opening, learned, {}, "connection opened");
+    learned!(DEBUG, opening, learned, { path = path(learned.security), }, "connection opened");
 }
 
 /// The connection had its route, and ended.
@@ -101,6 +102,14 @@ fn seen_from_here(opening: &Opening, ending: &Ending) -> (u64, u64) {
     match opening.direction {
         Direction::Inbound => (ending.sent_bytes, ending.received_bytes),
         Direction::Outbound => (ending.received_bytes, ending.sent_bytes),
+    }
+}
+
+/// Told only where the line would look like that of a tunnel, and there was none.
+const fn path(security: SecurityPolicy) -> Option<&'static str> {
+    match security {
+        SecurityPolicy::NodeLocal => Some(security.path()),
+        SecurityPolicy::MutualTls | SecurityPolicy::Unknown => None,
     }
 }
 

@@ -16,7 +16,7 @@ use super::labels::{Labels, View};
 use super::ledger::{Learned, Ledger, Opening};
 use super::source::Source;
 use super::{page, process};
-use crate::model::{Direction, Reason};
+use crate::model::{Direction, Reason, SecurityPolicy};
 
 /// The books of all workers, and what other rooms count. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -58,6 +58,7 @@ struct Rest {
 pub(super) struct Tally {
     pub(super) opened: Count,
     pub(super) closed: PerReason,
+    pub(super) by_path: PerPath,
     pub(super) sockets: Count,
 }
 
@@ -68,6 +69,10 @@ pub(super) struct Count(AtomicU64);
 /// One number for each ending, in the order of [`Reason::ALL`].
 #[derive(Debug, Default)]
 pub(super) struct PerReason([Count; Reason::ALL.len()]);
+
+/// One number for each way that bytes can go, in the order of [`SecurityPolicy::ALL`].
+#[derive(Debug, Default)]
+pub(super) struct PerPath([Count; SecurityPolicy::ALL.len()]);
 
 #[derive(Debug)]
 struct Shelf {
@@ -264,6 +269,24 @@ impl PerReason {
 
     pub(super) fn get(&self) -> impl Iterator<Item = (Reason, u64)> {
         Reason::ALL.into_iter().zip(self.0.iter().map(Count::get))
+    }
+}
+
+impl PerPath {
+    pub(super) fn add_one(&self, path: SecurityPolicy) {
+        if let Some((_, count)) = SecurityPolicy::ALL
+            .iter()
+            .zip(&self.0)
+            .find(|(each, _)| **each == path)
+        {
+            count.add(1);
+        }
+    }
+
+    pub(super) fn get(&self) -> impl Iterator<Item = (SecurityPolicy, u64)> {
+        SecurityPolicy::ALL
+            .into_iter()
+            .zip(self.0.iter().map(Count::get))
     }
 }
 

@@ -1,19 +1,19 @@
 //! The labels of the `istio_tcp_*` families. Takes what a connection learned, gives a label set
 //! that is hashed without being copied and copied once; never takes a value from the wire, except
-//! the identity that mutual TLS proved.
+//! a proven identity.
 
 use std::hash::{Hash, Hasher};
 
 use prometheus_client::encoding::{EncodeLabel as _, EncodeLabelSet, LabelSetEncoder};
 
 use super::ledger::Learned;
-use crate::model::{Direction, SecurityPolicy, SpiffeId, Workload};
+use crate::model::{Direction, SpiffeId, Workload};
 
 /// A label set that belongs to a connection: borrowed, to look up the counters with.
 #[derive(Debug)]
 pub(super) struct View<'a> {
     direction: Direction,
-    security: SecurityPolicy,
+    security: &'static str,
     identities: [Option<&'a SpiffeId>; 2],
     texts: [&'a str; TEXTS],
 }
@@ -22,7 +22,7 @@ pub(super) struct View<'a> {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Labels {
     direction: Direction,
-    security: SecurityPolicy,
+    security: &'static str,
     identities: [Option<SpiffeId>; 2],
     texts: [Box<str>; TEXTS],
 }
@@ -60,7 +60,7 @@ impl<'a> View<'a> {
             });
         Self {
             direction,
-            security: learned.security,
+            security: learned.security.as_str(),
             identities: [
                 learned.proven_source_identity(),
                 learned.proven_destination_identity(),
@@ -192,7 +192,7 @@ impl EncodeLabelSet for Series<'_> {
             ("destination_cluster", d_cluster),
             ("request_protocol", "tcp"),
             ("response_flags", self.response_flags),
-            ("connection_security_policy", security.as_str()),
+            ("connection_security_policy", security),
         ] {
             let value = if value.is_empty() { "unknown" } else { value };
             (name, value).encode(encoder.encode_label())?;

@@ -45,7 +45,7 @@ pub struct Learned {
     pub dst_addr: UpstreamAddr,
     /// What the CONNECT asks for.
     pub hbone_addr: Option<String>,
-    /// How the bytes cross the network. Identities are shown only in mutual TLS.
+    /// How the bytes cross the network. Identities are shown only where that proves them.
     pub security: SecurityPolicy,
 }
 
@@ -70,12 +70,12 @@ pub(super) struct Known {
 }
 
 impl Learned {
-    /// Who the source is, if mutual TLS proves it.
+    /// Who the source is, if that is proven.
     pub(super) fn proven_source_identity(&self) -> Option<&SpiffeId> {
         self.source_identity.as_ref().filter(|_| self.is_proof())
     }
 
-    /// Who the destination is, if mutual TLS proves it.
+    /// Who the destination is, if that is proven.
     pub(super) fn proven_destination_identity(&self) -> Option<&SpiffeId> {
         self.destination_identity
             .as_ref()
@@ -83,7 +83,7 @@ impl Learned {
     }
 
     fn is_proof(&self) -> bool {
-        self.security == SecurityPolicy::MutualTls
+        self.security.proves_identity()
     }
 }
 
@@ -128,6 +128,8 @@ impl Ledger {
             .known
             .get_or_init(|| Box::new(Known { learned, traffic }));
         known.traffic.opened.add(1);
+        let tally = self.book.tally(self.opening.direction);
+        tally.by_path.add_one(known.learned.security);
         access_log::opened(&self.opening, &known.learned);
     }
 

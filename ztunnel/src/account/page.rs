@@ -16,7 +16,7 @@ use prometheus_client::registry::Registry;
 use super::book::{Book, Traffic};
 use super::labels::{Labels, Series};
 use super::source::{Family, Kind, Row};
-use crate::model::{Direction, Reason};
+use crate::model::{Direction, Reason, SecurityPolicy};
 
 /// The page of these books and rows.
 pub(super) fn encode(books: &[Book], families: Vec<Family>) -> String {
@@ -111,11 +111,12 @@ impl EncodeLabelSet for Row {
 }
 
 /// Our own families: every connection, also those that ended before their labels were known.
-fn own(books: &[Book]) -> [Family; 4] {
+fn own(books: &[Book]) -> [Family; 5] {
     let mut closed = Vec::new();
     let mut opened = Vec::new();
     let mut open = Vec::new();
     let mut sockets = Vec::new();
+    let mut by_path = Vec::new();
     for direction in [Direction::Inbound, Direction::Outbound] {
         let tallies = || books.iter().map(|book| book.tally(direction));
         // Endings are read before beginnings, so that their difference is never negative.
@@ -135,6 +136,18 @@ fn own(books: &[Book]) -> [Family; 4] {
             let mut labels = labels.clone();
             labels.push(("reason", Cow::Borrowed(reason.as_str())));
             Row { labels, value }
+        }));
+        by_path.extend(SecurityPolicy::ALL.into_iter().map(|path| {
+            let mut labels = labels.clone();
+            labels.push(("path", Cow::Borrowed(path.path())));
+            let counts = tallies().flat_map(|tally| tally.by_path.get());
+            Row {
+                labels,
+                value: counts
+                    .filter(|(each, _)| *each == path)
+                    .map(|(_, n)| n)
+                    .sum(),
+            }
         }));
         sockets.push(Row {
             labels: vec![("reporter", Cow::Borrowed(direction.reporter()))],
@@ -159,6 +172,12 @@ fn own(books: &[Book]) -> [Family; 4] {
             "Connections that began, by direction",
             Kind::Counter,
             opened,
+        ),
+        family(
+            "ztunnel_connections_routed",
+            "Connections whose route was found, by direction and how their bytes go",
+            Kind::Counter,
+            by_path,
         ),
         family(
             "ztunnel_connections_open",

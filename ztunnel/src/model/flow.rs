@@ -46,19 +46,46 @@ impl fmt::Display for Direction {
 pub enum SecurityPolicy {
     /// In mutual TLS.
     MutualTls,
+    /// Not at all: both ends are pods of this node, which answers for who they are.
+    NodeLocal,
     /// In the clear, or not known.
     Unknown,
 }
 
 impl SecurityPolicy {
-    /// The value of the metric label `connection_security_policy`.
+    /// The value of the metric label `connection_security_policy`. Between pods of one node it is
+    /// that of mutual TLS: the same identities, checked by the same policy; [`Self::path`] tells the
+    /// two apart.
+    // PROTOCOL.md#node-local
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
-            Self::MutualTls => "mutual_tls",
+            Self::MutualTls | Self::NodeLocal => "mutual_tls",
             Self::Unknown => "unknown",
         }
     }
+
+    /// The value of our own label `path`.
+    #[must_use]
+    pub const fn path(self) -> &'static str {
+        match self {
+            Self::MutualTls => "hbone",
+            Self::NodeLocal => "node_local",
+            Self::Unknown => "plaintext",
+        }
+    }
+
+    /// Whether the identities of both ends are beyond doubt.
+    #[must_use]
+    pub const fn proves_identity(self) -> bool {
+        match self {
+            Self::MutualTls | Self::NodeLocal => true,
+            Self::Unknown => false,
+        }
+    }
+
+    /// All of them, for counters that exist from the start.
+    pub const ALL: [Self; 3] = [Self::MutualTls, Self::NodeLocal, Self::Unknown];
 }
 
 /// What policy is judged on: addresses, and the identity that TLS proved.

@@ -185,7 +185,7 @@ async fn a_server_that_is_somebody_else_refuses_the_application() {
         ] {
             let cart = own_ip();
             let pod = Pod::new(mesh(cart, Protocol::Hbone, 8080));
-            let stranger = crate::identity::testing::Authority::new();
+            let stranger = identity::testing::Authority::new();
             let authority = if trusted { &*pod.authority } else { &stranger };
             let config = authority.credentials(&[identity]).server_config();
             let listener = TcpListener::bind((cart, 15008)).await.unwrap();
