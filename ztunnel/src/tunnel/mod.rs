@@ -7,6 +7,7 @@ mod error;
 mod keepalive;
 mod load;
 mod params;
+mod pipe;
 mod pool;
 mod relay;
 mod server;

@@ -2,10 +2,13 @@
 //! ended, with half-closes as half-closes and resets as resets; never buffers without bound.
 
 use std::future::poll_fn;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
-use super::buffer::Queue;
+use tokio::net::TcpStream;
+
+use super::buffer::{Queue, Size};
 use super::error::Error;
+use super::pipe::Pipe;
 use crate::authz::Permit;
 use crate::drain;
 use crate::model::Meter;
@@ -26,6 +29,11 @@ pub trait Side {
 
     /// Gives some of a queue that is not empty.
     fn poll_give(&self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<Written, Error>>;
+
+    /// The socket that this side is, if the kernel can move its bytes without us.
+    fn socket(&self) -> Option<&TcpStream> {
+        None
+    }
 
     /// No more will be given: a FIN, an END_STREAM.
     fn finish(&self) -> Result<(), Error>;
@@ -96,6 +104,8 @@ async fn copy<A: Side, B: Side>(a: &A, b: &B, meter: &impl Meter) -> Result<(), 
 #[derive(Default)]
 struct Way {
     queue: Queue,
+    /// While a large transfer is under way between two sockets.
+    pipe: Option<Pipe>,
     /// Nothing more will be taken.
     drained: bool,
     /// Nothing more will be given.
@@ -115,6 +125,10 @@ impl Way {
                 return Poll::Ready(Ok(()));
             }
             if self.queue.is_empty() {
+                if self.pipe.is_some() || self.is_bulk(from, to) {
+                    ready!(self.poll_pipe(cx, from, to, &count))?;
+                    continue;
+                }
                 if self.drained {
                     self.done = true;
                     to.finish()?;
@@ -141,6 +155,47 @@ impl Way {
         // Others of this worker have waited long enough.
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// Whether the kernel should move what comes next; then there is a pipe.
+    fn is_bulk<F: Side, T: Side>(&mut self, from: &F, to: &T) -> bool {
+        let sockets = from.socket().is_some() && to.socket().is_some();
+        if sockets && !self.drained && self.queue.size == Size::Large {
+            self.pipe = Pipe::take();
+        }
+        self.pipe.is_some()
+    }
+
+    /// Moves bytes through the pipe, and gives it back when there is nothing to move or too little.
+    fn poll_pipe<F: Side, T: Side>(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &F,
+        to: &T,
+        count: impl Fn(u64),
+    ) -> Poll<Result<(), Error>> {
+        let (Some(pipe), Some(source), Some(sink)) = (&mut self.pipe, from.socket(), to.socket())
+        else {
+            return Poll::Ready(Ok(()));
+        };
+        if !pipe.is_empty() {
+            let bytes = ready!(pipe.poll_empty(cx, sink))?;
+            from.taken(bytes);
+            count(u64::try_from(bytes).unwrap_or(u64::MAX));
+        } else if self.queue.size == Size::Large {
+            let Poll::Ready(bytes) = pipe.poll_fill(cx, source)? else {
+                self.pipe = None;
+                return Poll::Pending;
+            };
+            self.queue.learn(bytes);
+            if bytes == 0 {
+                self.drained = true;
+                self.pipe = None;
+            }
+        } else {
+            self.pipe = None;
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Whether something changed.

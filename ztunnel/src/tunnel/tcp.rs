@@ -3,6 +3,7 @@
 
 use std::io::{self, IoSlice, Read as _};
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -40,12 +41,13 @@ impl Default for TcpKeepalive {
 ///
 /// # Errors
 /// When the socket is dead already.
-pub fn tune(tcp: &TcpStream, keepalive: Option<&TcpKeepalive>) -> io::Result<()> {
-    tcp.set_nodelay(true)?;
+pub fn tune(socket: &impl AsFd, keepalive: Option<&TcpKeepalive>) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    socket.set_tcp_nodelay(true)?;
     let Some(keepalive) = keepalive else {
         return Ok(());
     };
-    SockRef::from(tcp).set_tcp_keepalive(
+    socket.set_tcp_keepalive(
         &socket2::TcpKeepalive::new()
             .with_time(keepalive.time)
             .with_interval(keepalive.interval)
@@ -109,6 +111,10 @@ impl Side for TcpStream {
         }
     }
 
+    fn socket(&self) -> Option<&TcpStream> {
+        Some(self)
+    }
+
     fn finish(&self) -> Result<(), Error> {
         match SockRef::from(self).shutdown(Shutdown::Write) {
             // Both ends have closed already.
@@ -145,7 +151,7 @@ fn more_than(bytes: usize, room: usize) -> io::Result<()> {
     Ok(())
 }
 
-fn is_transient(error: &io::Error) -> bool {
+pub(super) fn is_transient(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
@@ -169,5 +175,25 @@ mod tests {
         assert_eq!(socket.tcp_keepalive_retries().unwrap(), 9);
         tune(&other, None).unwrap();
         assert!(!SockRef::from(&other).keepalive().unwrap());
+    }
+
+    /// A kernel fact that spares each connection five calls.
+    #[tokio::test]
+    async fn what_a_tuned_listener_accepts_is_tuned() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let keepalive = TcpKeepalive {
+            time: Duration::from_secs(7),
+            interval: Duration::from_secs(3),
+            retries: 5,
+        };
+        tune(&listener, Some(&keepalive)).unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap());
+        let (near, far) = tokio::join!(near, listener.accept());
+        let (_near, (far, _)) = (near.unwrap(), far.unwrap());
+        let socket = SockRef::from(&far);
+        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap().as_secs(), 7);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap().as_secs(), 3);
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 5);
     }
 }

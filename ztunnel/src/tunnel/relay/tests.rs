@@ -13,7 +13,6 @@ use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
-use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
 use super::super::Params;
