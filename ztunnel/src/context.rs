@@ -7,13 +7,15 @@ mod handshakes;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fmt, io};
 
+use socket2::SockRef;
 use thiserror::Error;
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info};
@@ -291,9 +293,11 @@ impl Context {
         }
     }
 
-    /// Sets what every relayed socket has. A socket that is dead already says so when it is used.
-    pub fn tune(&self, stream: &TcpStream) {
-        self.dial.tune(stream);
+    /// Sets what every relayed socket has; what a listener accepts has it from the listener. A
+    /// socket that is dead already says so when it is used.
+    // PROTOCOL.md#tcp-options
+    pub fn tune(&self, socket: &impl AsFd) {
+        self.dial.tune(socket);
     }
 }
 
@@ -362,18 +366,35 @@ impl PodDial {
     ) -> Result<TcpStream, DialError> {
         let socket = self.descriptors.make(socket).await;
         let socket = socket.map_err(|source| DialError::Socket { to, source })?;
-        let connect = TcpSocket::from_std_stream(socket).connect(to);
-        let stream = connect
+        let stream = connect(socket, to)
             .await
             .map_err(|source| DialError::Refused { to, source })?;
         self.tune(&stream);
         Ok(stream)
     }
 
-    fn tune(&self, stream: &TcpStream) {
-        if let Err(error) = tunnel::tune(stream, self.keepalive.as_ref()) {
+    fn tune(&self, socket: &impl AsFd) {
+        if let Err(error) = tunnel::tune(socket, self.keepalive.as_ref()) {
             debug!(%error, "socket options not set");
         }
+    }
+}
+
+async fn connect(socket: std::net::TcpStream, to: SocketAddr) -> io::Result<TcpStream> {
+    match SockRef::from(&socket).connect(&to.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    // Within the pod both ends have shaken hands before the call returns: no event to wait for, no
+    // time-out to begin.
+    if socket.peer_addr().is_ok() {
+        return TcpStream::from_std(socket);
+    }
+    let stream = TcpStream::from_std(socket)?;
+    stream.writable().await?;
+    match stream.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(stream),
     }
 }
 

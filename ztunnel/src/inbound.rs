@@ -81,7 +81,6 @@ struct Peer {
 }
 
 async fn handshake(stream: TcpStream, cx: &Context) -> Result<Accepted<TcpStream>, Failure> {
-    cx.tune(&stream);
     let local = cx.workload().await.ok_or(Failure::UnknownWorkload)?;
     let identity = local.identity.as_ref().ok_or(Failure::NoIdentity)?;
     let credentials = cx.store.get(identity).await?;

@@ -47,7 +47,6 @@ async fn walk(
     ledger: &Ledger,
     trace: Traceparent,
 ) -> Result<(), Failure> {
-    cx.tune(&conn.stream);
     let Captured {
         stream,
         client,

@@ -38,7 +38,6 @@ pub async fn serve(conn: Captured, cx: &Context) {
 }
 
 async fn walk(conn: Captured, cx: &Context, ledger: &Ledger) -> Result<(), Failure> {
-    cx.tune(&conn.stream);
     let Captured {
         stream,
         client,

@@ -12,7 +12,7 @@ use std::{fmt, io};
 
 use bytes::Bytes;
 use rustls_pki_types::ServerName;
-use socket2::{Domain, Protocol as Transport, SockRef, Socket, Type};
+use socket2::{Domain, Protocol as Transport, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::LocalSet;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -248,8 +248,6 @@ impl Pod {
     pub(crate) async fn tunnel(&self, identity: &str, ip: IpAddr) -> Client {
         let at = SocketAddr::new(ip, 15008);
         let (near, captured) = self.captured(at, 15008).await;
-        let kept = self.made.kept.get();
-        let options = kept.then(|| Options::of(&captured.stream));
         let address = captured.client;
         let place = self.cx.handshakes.enter().await;
         let cx = Rc::clone(&self.cx);
@@ -260,11 +258,7 @@ impl Pod {
         let tls = tls.connect(name, near).await.unwrap();
         let (sender, connection) = h2::client::handshake(tls).await.unwrap();
         tokio::task::spawn_local(async move { drop(connection.await) });
-        Client {
-            sender,
-            address,
-            options,
-        }
+        Client { sender, address }
     }
 }
 
@@ -273,8 +267,6 @@ pub(crate) struct Client {
     pub(crate) sender: h2::client::SendRequest<Bytes>,
     /// Where its tunnel comes from.
     pub(crate) address: ClientAddr,
-    /// Of the socket that was accepted for it, where sockets are kept.
-    pub(crate) options: Option<Options>,
 }
 
 impl Client {
@@ -329,10 +321,6 @@ impl HboneServer {
 pub(crate) struct Options(Socket);
 
 impl Options {
-    pub(crate) fn of(stream: &TcpStream) -> Self {
-        Self(SockRef::from(stream).try_clone().unwrap())
-    }
-
     /// No delay; keepalive: whether, after, between, probes.
     pub(crate) fn read(&self) -> (bool, bool, Duration, Duration, u32) {
         let Self(socket) = self;

@@ -12,14 +12,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{LocalSet, spawn_local, unconstrained};
 use tracing::{debug, error, warn};
 
 use crate::account::Book;
 use crate::authz::Live;
-use crate::capture::{self, Captured, Dialer, WorkerListeners};
+use crate::capture::{Captured, Dialer, Listener, WorkerListeners};
 use crate::context::{
     Attested, Context, Descriptors, Handshakes, Neighbours, PodDial, Settings, View,
 };
@@ -334,7 +333,7 @@ async fn accept(
     context: Rc<Context>,
     serve: impl AsyncFn(Captured, Rc<Context>),
 ) {
-    let listener = match TcpListener::from_std(listener) {
+    let listener = match Listener::new(listener) {
         Ok(listener) => listener,
         Err(error) => {
             // Whoever arrives here would wait for ever: others must know.
@@ -344,6 +343,8 @@ async fn accept(
             return;
         }
     };
+    // What it accepts has its options: one call here for one call a connection.
+    context.tune(&listener);
     let mut drain = context.drain.clone();
     loop {
         let accepted = tokio::select! {
@@ -373,15 +374,15 @@ async fn accept(
 
 impl Accepting {
     /// The next connection, for which there is a second descriptor. Cancel safe.
-    async fn accept(&self, listener: &TcpListener) -> io::Result<Captured> {
+    async fn accept(&self, listener: &Listener) -> io::Result<Captured> {
         self.descriptors.keep_spare()?;
-        capture::accept(listener).await
+        listener.accept().await
     }
 }
 
 /// A connection that waits to be accepted, if there is one.
-async fn waiting(listener: &TcpListener) -> Option<Captured> {
-    let accepted = unconstrained(capture::accept(listener));
+async fn waiting(listener: &Listener) -> Option<Captured> {
+    let accepted = unconstrained(listener.accept());
     tokio::select! {
         biased;
         accepted = accepted => accepted.ok(),

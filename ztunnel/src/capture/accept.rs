@@ -2,6 +2,7 @@
 //! addresses in canonical form; never reads a byte.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use tokio::net::{TcpListener, TcpStream};
 
@@ -21,29 +22,55 @@ pub struct Captured {
     pub listener: ListenAddr,
 }
 
-/// The next connection. Cancel safe.
-///
-/// # Errors
-/// When the process is out of descriptors or memory. A connection that was reset while it waited is
-/// skipped.
-// PROTOCOL.md#original-destination
-pub async fn accept(listener: &TcpListener) -> io::Result<Captured> {
-    let own = ListenAddr::new(listener.local_addr()?);
-    loop {
-        let (stream, peer) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) if is_of_the_connection(&error) => continue,
-            Err(error) => return Err(error),
-        };
-        let Ok(local) = stream.local_addr() else {
-            continue;
-        };
-        return Ok(Captured {
-            stream,
-            client: ClientAddr::new(peer),
-            original: OrigDst::new(local),
-            listener: own,
-        });
+/// A listener in a pod, on the worker that serves it.
+#[derive(Debug)]
+pub struct Listener {
+    socket: TcpListener,
+    own: ListenAddr,
+}
+
+impl Listener {
+    /// Takes a nonblocking listener.
+    ///
+    /// # Errors
+    /// When it has no address, or this runtime cannot wait for it.
+    pub fn new(socket: std::net::TcpListener) -> io::Result<Self> {
+        let socket = TcpListener::from_std(socket)?;
+        Ok(Self {
+            own: ListenAddr::new(socket.local_addr()?),
+            socket,
+        })
+    }
+
+    /// The next connection. Cancel safe.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors or memory. A connection that was reset while it
+    /// waited is skipped.
+    // PROTOCOL.md#original-destination
+    pub async fn accept(&self) -> io::Result<Captured> {
+        loop {
+            let (stream, peer) = match self.socket.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) if is_of_the_connection(&error) => continue,
+                Err(error) => return Err(error),
+            };
+            let Ok(local) = stream.local_addr() else {
+                continue;
+            };
+            return Ok(Captured {
+                stream,
+                client: ClientAddr::new(peer),
+                original: OrigDst::new(local),
+                listener: self.own,
+            });
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

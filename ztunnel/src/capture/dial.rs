@@ -2,26 +2,60 @@
 //! namespace that capture lets through. It never connects.
 
 use std::{
+    cell::RefCell,
     io,
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     sync::Arc,
+    time::Duration,
 };
 
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::time::Instant;
 
 use super::{Netns, netns, route, sys};
 
 /// Makes sockets in one pod. Cheap to clone; every worker has one.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Dialer {
-    pub(super) netns: Arc<Netns>,
-    pub(super) ours: Arc<OwnedFd>,
-    pub(super) addresses: Arc<[IpAddr]>,
+    netns: Arc<Netns>,
+    ours: Arc<OwnedFd>,
+    addresses: Arc<[IpAddr]>,
+    v4: RefCell<Stock>,
+    v6: RefCell<Stock>,
+}
+
+/// Sockets of one family that were made ahead, because going into the namespace and back costs half
+/// as much as a socket: while a pod is busy, one visit makes several.
+#[derive(Debug, Default)]
+struct Stock {
+    ready: Vec<Socket>,
+    visited: Option<Instant>,
+}
+
+impl Clone for Dialer {
+    /// The clone begins with an empty stock.
+    fn clone(&self) -> Self {
+        Self::new(
+            Arc::clone(&self.netns),
+            Arc::clone(&self.ours),
+            Arc::clone(&self.addresses),
+        )
+    }
 }
 
 impl Dialer {
+    pub(super) fn new(netns: Arc<Netns>, ours: Arc<OwnedFd>, addresses: Arc<[IpAddr]>) -> Self {
+        Self {
+            netns,
+            ours,
+            addresses,
+            v4: RefCell::default(),
+            v6: RefCell::default(),
+        }
+    }
+
     /// A socket for a connection to `destination`, nonblocking, in the pod's namespace, which leaves
     /// the pod directly.
     ///
@@ -66,11 +100,40 @@ impl Dialer {
     }
 
     fn socket(&self, destination: IpAddr) -> io::Result<Socket> {
-        let domain = Domain::for_address(SocketAddr::new(destination, 0));
-        let socket = self
-            .netns
-            .run(|| Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP)))??;
+        let (domain, stock) = if destination.is_ipv4() {
+            (Domain::IPV4, &self.v4)
+        } else {
+            (Domain::IPV6, &self.v6)
+        };
+        let mut stock = stock.borrow_mut();
+        let socket = match stock.ready.pop() {
+            Some(socket) => socket,
+            None => self.netns.run(|| stock.visit(domain))??,
+        };
         sys::socket_tag(&self.ours, &socket)?;
         Ok(socket)
     }
 }
+
+impl Stock {
+    /// Makes a socket for now and, if the last visit was a moment ago, some for later. To be called
+    /// inside the namespace.
+    fn visit(&mut self, domain: Domain) -> io::Result<Socket> {
+        let make = || Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP));
+        let socket = make()?;
+        let now = Instant::now();
+        let before = self.visited.replace(now);
+        if before.is_some_and(|before| now.duration_since(before) < BUSY) {
+            // Without descriptors for later there is still one for now.
+            let more = std::iter::repeat_with(make).map_while(Result::ok);
+            self.ready.extend(more.take(AHEAD));
+        }
+        Ok(socket)
+    }
+}
+
+/// Sockets made ahead in one visit, at most; they wait in a pod that has been busy.
+const AHEAD: usize = 7;
+
+/// Two visits within this time make a pod busy.
+const BUSY: Duration = Duration::from_millis(10);

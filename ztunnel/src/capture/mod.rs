@@ -19,7 +19,7 @@ mod settings;
 mod sys;
 mod watch;
 
-pub use accept::{Captured, accept};
+pub use accept::{Captured, Listener};
 pub use bpf::{Capture, Params};
 pub use dial::Dialer;
 pub use error::Error;

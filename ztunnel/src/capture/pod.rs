@@ -124,15 +124,12 @@ impl PodCapture {
 
     /// Makes sockets in the pod, which has these settings.
     pub fn dialer(&self, settings: &PodSettings) -> Dialer {
-        Dialer {
-            netns: Arc::clone(&self.netns),
-            ours: Arc::clone(&self.node.ours),
-            addresses: settings
-                .addresses
-                .iter()
-                .map(|address| address.to_canonical())
-                .collect(),
-        }
+        let addresses = settings.addresses.iter();
+        Dialer::new(
+            Arc::clone(&self.netns),
+            Arc::clone(&self.node.ours),
+            addresses.map(|address| address.to_canonical()).collect(),
+        )
     }
 }
 

@@ -106,11 +106,6 @@ async fn the_answer_comes_when_the_application_is_connected_and_describes_the_po
         assert_eq!(response.headers().len(), 1);
         let minutes = Duration::from_secs(180);
         let usual = (true, true, minutes, minutes, 9);
-        assert_eq!(
-            client.options.as_ref().unwrap().read(),
-            usual,
-            "the accepted socket"
-        );
         assert_eq!(pod.made.options(), [usual], "the application's");
         drop((response, send));
 
@@ -135,10 +130,7 @@ async fn the_answer_comes_when_the_application_is_connected_and_describes_the_po
             Duration::from_secs(3),
             5,
         );
-        assert_eq!(
-            (client.options.as_ref().unwrap().read(), pod.made.options()),
-            (own, vec![own])
-        );
+        assert_eq!(pod.made.options(), [own]);
     })
     .await;
 }
