@@ -4,6 +4,7 @@
 mod ca;
 mod directory;
 mod error;
+mod followed;
 mod store;
 #[cfg(test)]
 pub(crate) mod testing;

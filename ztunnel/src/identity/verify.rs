@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -17,6 +18,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
 
+use super::followed::{Role, Shown};
 use crate::model::{SpiffeId, TrustDomain};
 
 /// The identity of a verified client: the first SPIFFE URI of `trust_domain` among its leaf's names.
@@ -51,6 +53,8 @@ pub fn peer_identities(chain: &[CertificateDer<'_>]) -> Vec<SpiffeId> {
 /// Trust anchors and what is needed to follow a chain to one of them.
 #[derive(Clone)]
 pub(super) struct Roots {
+    /// No other set has it.
+    number: u64,
     store: Arc<RootCertStore>,
     algorithms: WebPkiSupportedAlgorithms,
 }
@@ -63,7 +67,9 @@ impl Roots {
         for root in roots {
             store.add(root.clone().into_owned())?;
         }
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
         Ok(Self {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             store: Arc::new(store),
             algorithms: rustls::crypto::aws_lc_rs::default_provider()
                 .signature_verification_algorithms,
@@ -77,13 +83,16 @@ impl Roots {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        verify_server_cert_signed_by_trust_anchor(
-            &ParsedCertificate::try_from(leaf)?,
-            &self.store,
-            intermediates,
-            now,
-            self.algorithms.all,
-        )
+        let shown = Shown::new(self.number, Role::Server, leaf, intermediates);
+        shown.follow(intermediates, leaf, now, || {
+            verify_server_cert_signed_by_trust_anchor(
+                &ParsedCertificate::try_from(leaf)?,
+                &self.store,
+                intermediates,
+                now,
+                self.algorithms.all,
+            )
+        })
     }
 }
 
@@ -146,6 +155,7 @@ impl ServerCertVerifier for ServerVerifier {
 // PROTOCOL.md#client-verification
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
+    roots: u64,
     chain: Arc<dyn ClientCertVerifier>,
     trust_domain: TrustDomain,
 }
@@ -162,6 +172,7 @@ impl ClientVerifier {
         )
         .build()?;
         Ok(Self {
+            roots: roots.number,
             chain,
             trust_domain: trust_domain.clone(),
         })
@@ -179,11 +190,15 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self
-            .chain
-            .verify_client_cert(end_entity, intermediates, now)?;
+        let shown = Shown::new(self.roots, Role::Client, end_entity, intermediates);
+        shown.follow(intermediates, end_entity, now, || {
+            let verified = self
+                .chain
+                .verify_client_cert(end_entity, intermediates, now);
+            verified.map(drop)
+        })?;
         match peer_identity(std::slice::from_ref(end_entity), &self.trust_domain) {
-            Some(_) => Ok(verified),
+            Some(_) => Ok(ClientCertVerified::assertion()),
             None => Err(CertificateError::NotValidForName.into()),
         }
     }
