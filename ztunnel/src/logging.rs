@@ -3,15 +3,15 @@
 //! when standard output is slow, lines are dropped and counted.
 
 mod json;
+mod lines;
 mod plain;
 
-use std::io::{self, BufWriter};
+use std::io;
 
 use thiserror::Error;
 use tracing::Subscriber;
 use tracing::field::Field;
 use tracing::subscriber::SetGlobalDefaultError;
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_log::LogTracer;
 use tracing_log::log::SetLoggerError;
 use tracing_subscriber::EnvFilter;
@@ -20,7 +20,10 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::layer::SubscriberExt as _;
 
+use self::lines::Lines;
 use crate::account::{Family, Kind, Source};
+
+pub use self::lines::hold_lines;
 
 /// How a line looks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,10 +38,7 @@ pub enum Format {
 /// Keeps the writer alive. Dropping it writes what is still buffered, waiting a second at most.
 #[derive(Debug)]
 #[must_use]
-pub struct Guard {
-    dropped: ErrorCounter,
-    _flush: WorkerGuard,
-}
+pub struct Guard(Lines);
 
 /// Why logging could not start.
 #[derive(Debug, Error)]
@@ -63,6 +63,9 @@ pub enum Error {
     /// The process has a subscriber already.
     #[error("start logging")]
     Started(#[source] SetGlobalDefaultError),
+    /// No thread to write with.
+    #[error("start the thread that writes lines")]
+    Thread(#[source] io::Error),
 }
 
 /// Sends the lines of this process that pass the filter to standard output. An empty filter means
@@ -72,32 +75,30 @@ pub enum Error {
 /// When the filter is not understood, or logging was started before.
 pub fn init(format: Format, filter: &str) -> Result<Guard, Error> {
     let filter = parse(filter)?;
-    let (writer, flush) = NonBlockingBuilder::default()
-        .lossy(true)
-        .buffered_lines_limit(BUFFERED_LINES)
-        .thread_name("log")
-        .finish(BufWriter::new(io::stdout()));
-    let guard = Guard {
-        dropped: writer.error_counter(),
-        _flush: flush,
-    };
-    tracing::subscriber::set_global_default(subscriber(format, filter, SystemTime, writer))
-        .map_err(Error::Started)?;
+    let lines = Lines::start(io::stdout()).map_err(Error::Thread)?;
+    let subscriber = subscriber(format, filter, SystemTime, lines.clone());
+    tracing::subscriber::set_global_default(subscriber).map_err(Error::Started)?;
     // Libraries that know only the older facade; the filter is for them too.
     LogTracer::init().map_err(Error::Bridge)?;
-    Ok(guard)
+    Ok(Guard(lines))
 }
 
 impl Guard {
     /// The rows about logging itself.
     #[must_use]
     pub fn source(&self) -> Box<dyn Source> {
-        Box::new(Dropped(self.dropped.clone()))
+        Box::new(Dropped(self.0.clone()))
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.flush();
     }
 }
 
 #[derive(Debug)]
-struct Dropped(ErrorCounter);
+struct Dropped(Lines);
 
 impl Source for Dropped {
     fn families(&self) -> Vec<Family> {
@@ -105,7 +106,7 @@ impl Source for Dropped {
             "ztunnel_log_lines_dropped",
             "Log lines that were dropped because standard output was slower than the lines",
             Kind::Counter,
-            u64::try_from(self.0.dropped_lines()).unwrap_or(u64::MAX),
+            self.0.dropped(),
         )]
     }
 }
@@ -190,9 +191,6 @@ fn level(level: &tracing::Level) -> &'static str {
 
 /// Stands for the rest of a value that refuses to be formatted.
 const UNPRINTABLE: &str = "<unprintable>";
-
-/// Lines that wait for standard output: about 8 MiB when all are access lines.
-const BUFFERED_LINES: usize = 16_384;
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -28,7 +28,7 @@ use crate::enrol::PodId;
 use crate::identity::Store;
 use crate::model::{PodRef, Reason};
 use crate::tunnel::{self, Pool};
-use crate::{inbound, outbound, passthrough};
+use crate::{inbound, logging, outbound, passthrough};
 use seldom::Seldom;
 
 /// What the control thread tells a worker.
@@ -205,6 +205,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         unserved,
     };
     let mut pods: HashMap<PodId, Pod> = HashMap::new();
+    let lines = spawn_local(logging::hold_lines());
     debug!(worker = number, "worker started");
     loop {
         tokio::select! {
@@ -264,6 +265,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         }
     }
     debug!(worker = number, "worker ended");
+    lines.abort();
 }
 
 /// Ends all pods: gracefully until the deadline, then at once.

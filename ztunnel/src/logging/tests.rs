@@ -141,19 +141,16 @@ fn a_filter_that_is_not_understood_names_its_variable() {
 #[test]
 fn lines_that_do_not_fit_are_dropped_and_counted() {
     let (sent, unblock) = std::sync::mpsc::channel();
-    let (mut writer, flush) = NonBlockingBuilder::default()
-        .buffered_lines_limit(1)
-        .finish(Blocked(unblock));
-    for _ in 0..4 {
-        writer.write_all(b"line\n").unwrap();
+    let lines = super::lines::Lines::start(Blocked(unblock)).unwrap();
+    let mut line = vec![b'x'; 1 << 20];
+    line.push(b'\n');
+    for _ in 0..12 {
+        lines.make_writer().write_all(&line).unwrap();
     }
-    let guard = Guard {
-        dropped: writer.error_counter(),
-        _flush: flush,
-    };
+    let guard = Guard(lines);
     let families = guard.source().families();
     drop(sent);
-    // One line may be in the writer's hand and one in the buffer.
+    // Eight mebibytes may wait.
     assert!(families[0].rows[0].value >= 2, "{families:?}");
 }
 
