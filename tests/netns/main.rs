@@ -30,3 +30,4 @@ mod policy;
 mod relay;
 mod reload;
 mod revocation;
+mod workers;

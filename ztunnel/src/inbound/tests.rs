@@ -346,3 +346,15 @@ async fn a_stream_works_through_a_graceful_drain_and_ends_with_a_forced_one() {
     })
     .await;
 }
+
+/// What a request holds while it is open, besides its stream, its socket and its record.
+#[test]
+fn a_request_is_small() {
+    fn bytes<F>(
+        _walk: impl FnOnce(tunnel::Request, &'static Peer, &'static Context) -> F,
+    ) -> usize {
+        size_of::<F>()
+    }
+    let bytes = bytes(|request, peer, cx| request_to_end(request, peer, cx));
+    assert!(bytes <= 3072, "{bytes} bytes");
+}

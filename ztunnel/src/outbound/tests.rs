@@ -323,3 +323,15 @@ async fn an_application_that_gives_up_early_ends_a_plain_connect() {
     })
     .await;
 }
+
+/// What a connection holds while it is open, besides its sockets and its record.
+#[tokio::test]
+async fn a_connection_is_small() {
+    worker(async {
+        let pod = Pod::new(world(vec![own(own_ip())], vec![], vec![]));
+        let (_app, captured) = pod.captured(VIP.parse().unwrap(), 15001).await;
+        let bytes = size_of_val(&serve(captured, &pod.cx));
+        assert!(bytes <= 3072, "{bytes} bytes");
+    })
+    .await;
+}

@@ -96,3 +96,16 @@ async fn the_proxys_own_ports_are_nobodys_application() {
     })
     .await;
 }
+
+/// What a connection holds while it is open, besides its sockets and its record.
+#[tokio::test]
+async fn a_connection_is_small() {
+    worker(async {
+        let pod = Pod::new(world(vec![], vec![], vec![]));
+        let at = SocketAddr::new(own_ip(), 8080);
+        let (_app, captured) = pod.captured(at, 15006).await;
+        let bytes = size_of_val(&serve(captured, &pod.cx));
+        assert!(bytes <= 3072, "{bytes} bytes");
+    })
+    .await;
+}

@@ -249,3 +249,42 @@ async fn hbone_carries_what_is_not_a_plain_workload_of_this_node() {
     })
     .await;
 }
+
+/// What a connection holds while it is open, besides its sockets and its two records.
+#[tokio::test]
+async fn a_connection_is_small() {
+    worker(async {
+        let ip = own_ip();
+        let pod = Pod::new(mesh(ip, 8080, |_| {}, vec![]));
+        let _near = pod.neighbour("cart");
+        let ledger = pod.cx.book.open(Opening {
+            direction: Direction::Outbound,
+            source: ClientAddr::new(SocketAddr::new(own_ip(), 40_000)),
+            destination: OrigDst::new(SocketAddr::new(ip, 8080)),
+            trace_id: 1,
+        });
+        let source = pod.cx.workload().await.unwrap();
+        let world = pod.cx.view.world();
+        let query = resolve::Query {
+            source: &source,
+            destination: OrigDst::new(SocketAddr::new(ip, 8080)),
+            dice: 0,
+        };
+        let route = resolve::route(&world.snapshot, &query).unwrap();
+        let way = Way {
+            cx: &pod.cx,
+            ledger: &ledger,
+            source: Arc::clone(&source),
+            route,
+        };
+        let expected = [identity::testing::id("cart")];
+        let near = way.neighbour(SocketAddr::new(ip, 8080), &expected).unwrap();
+        let (stream, _) = crate::testing::pair().await;
+        let client = ClientAddr::new(SocketAddr::new(own_ip(), 40_000));
+        let trace = Traceparent::new(1, 1);
+        let serving = serve(way, near, Unserved::new(stream), client, trace);
+        let bytes = size_of_val(&serving);
+        assert!(bytes <= 3072, "{bytes} bytes");
+    })
+    .await;
+}
