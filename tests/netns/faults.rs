@@ -149,7 +149,7 @@ fn a_peer_that_stalls_at_any_step_is_given_up_after_its_deadline() -> Result<()>
 }
 
 /// What a rogue does with one connection of node a.
-type Deed = fn(&Listener) -> Result<()>;
+type Deed = fn(&Listener, TcpStream) -> Result<()>;
 
 #[test]
 fn garbage_resets_and_refusals_end_the_connection_with_their_reason() -> Result<()> {
@@ -157,16 +157,22 @@ fn garbage_resets_and_refusals_end_the_connection_with_their_reason() -> Result<
     let (client, server) = (mesh.pod("client")?, mesh.pod("server")?);
     let _app = Server::start(&server.netns, 9000, apps::echo)?;
     let (pod, listener) = rogue(&mesh, "rogue")?;
+    let listener = listener.patience(Duration::from_secs(1));
     let mut other = apps::dial(&client.netns, server.at(9000))?;
     let mut failures = Vec::new();
     for (name, reason, deed) in before_the_answer().into_iter().chain(with_the_answer()) {
         let outcome = thread::scope(|scope| -> Result<()> {
-            let peer = scope.spawn(|| deed(&listener));
+            // A tunnel that dies before it was asked for anything is tried again: each time the same.
+            let peer = scope.spawn(|| {
+                let mut said = Vec::new();
+                while let Ok(tcp) = listener.accept_tcp() {
+                    said.extend(deed(&listener, tcp).err());
+                }
+                said
+            });
             let fate = visit(&mesh, &pod, reason);
-            peer.join()
-                .expect("the peer panicked")
-                .context("the peer")?;
-            let Fate { end, line, .. } = fate?;
+            let said = peer.join().expect("the peer panicked");
+            let Fate { end, line, .. } = fate.with_context(|| format!("the peer: {said:?}"))?;
             ensure!(end == End::Reset, "{end:?}: {line:?}");
             assert_alive(&mut other)
         });
@@ -182,30 +188,30 @@ fn garbage_resets_and_refusals_end_the_connection_with_their_reason() -> Result<
 /// Until the CONNECT is asked for: the connection does not come to be.
 fn before_the_answer() -> [(&'static str, &'static str, Deed); 6] {
     [
-        ("no TLS", "tls_failed", |l| {
-            let mut tcp = l.accept_tcp()?;
+        ("no TLS", "tls_failed", |_, mut tcp| {
             tcp.write_all(&[0x42; 512])?;
             wait_closed(&mut tcp)
         }),
-        ("a reset before TLS", "tls_failed", |l| {
-            Ok(apps::abort(l.accept_tcp()?)?)
+        ("a reset before TLS", "tls_failed", |_, tcp| {
+            Ok(apps::abort(tcp)?)
         }),
-        ("an end before TLS", "tls_failed", |l| {
-            let tcp = l.accept_tcp()?;
+        ("an end before TLS", "tls_failed", |_, tcp| {
             Ok(tcp.shutdown(Shutdown::Both)?)
         }),
-        ("no HTTP/2", "h2_failed", |l| {
-            let mut peer = l.accept_tls()?;
+        ("no HTTP/2", "h2_failed", |l, tcp| {
+            let mut peer = l.tls(tcp)?;
             peer.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")?;
-            peer.wait_end().map(drop)
+            peer.drain();
+            Ok(())
         }),
-        ("a frame that is too long", "h2_failed", |l| {
-            let mut peer = l.accept_tls()?;
+        ("a frame that is too long", "h2_failed", |l, tcp| {
+            let mut peer = l.tls(tcp)?;
             peer.write(&[0xff, 0xff, 0xff, peer::SETTINGS, 0, 0, 0, 0, 0])?;
-            peer.wait_end().map(drop)
+            peer.drain();
+            Ok(())
         }),
-        ("no stream allowed", "h2_failed", |l| {
-            let mut peer = l.accept(&[(peer::MAX_CONCURRENT_STREAMS, 0)])?;
+        ("no stream allowed", "h2_failed", |l, tcp| {
+            let mut peer = l.http2(tcp, &[(peer::MAX_CONCURRENT_STREAMS, 0)])?;
             peer.wait_end().map(drop)
         }),
     ]
@@ -214,27 +220,27 @@ fn before_the_answer() -> [(&'static str, &'static str, Deed); 6] {
 /// The CONNECT was heard.
 fn with_the_answer() -> [(&'static str, &'static str, Deed); 6] {
     [
-        ("refused", "peer_refused", |l| {
-            let mut peer = l.accept(&[])?;
+        ("refused", "peer_refused", |l, tcp| {
+            let mut peer = l.http2(tcp, &[])?;
             let asked = peer.wait(peer::HEADERS)?;
             peer.answer(asked.stream, "503")?;
             peer.abort()
         }),
-        ("an answer that is no number", "tunnel_lost", |l| {
-            let mut peer = l.accept(&[])?;
+        ("an answer that is no number", "tunnel_lost", |l, tcp| {
+            let mut peer = l.http2(tcp, &[])?;
             let asked = peer.wait(peer::HEADERS)?;
             peer.answer(asked.stream, "fine")?;
             peer.wait(peer::RST_STREAM).map(drop)?;
             peer.abort()
         }),
-        ("a reset of the stream", "tunnel_lost", |l| {
-            let mut peer = l.accept(&[])?;
+        ("a reset of the stream", "tunnel_lost", |l, tcp| {
+            let mut peer = l.http2(tcp, &[])?;
             let asked = peer.wait(peer::HEADERS)?;
             peer.reset(asked.stream, CANCEL)?;
             peer.abort()
         }),
-        ("a bomb of headers", "tunnel_lost", |l| {
-            let mut peer = l.accept(&[])?;
+        ("a bomb of headers", "tunnel_lost", |l, tcp| {
+            let mut peer = l.http2(tcp, &[])?;
             let asked = peer.wait(peer::HEADERS)?;
             let pad = "x".repeat(15_000);
             peer.frame(
@@ -254,8 +260,8 @@ fn with_the_answer() -> [(&'static str, &'static str, Deed); 6] {
             }
             peer.wait_end().map(drop)
         }),
-        ("a window that overflows", "reset", |l| {
-            let mut peer = l.accept(&[])?;
+        ("a window that overflows", "reset", |l, tcp| {
+            let mut peer = l.http2(tcp, &[])?;
             let asked = peer.wait(peer::HEADERS)?;
             peer.answer(asked.stream, "200")?;
             let most = 0x7fff_ffff_u32.to_be_bytes();
@@ -264,8 +270,8 @@ fn with_the_answer() -> [(&'static str, &'static str, Deed); 6] {
             peer.wait(peer::RST_STREAM).map(drop)?;
             peer.abort()
         }),
-        ("gone while bytes move", "tunnel_lost", |l| {
-            let mut peer = l.accept(&[])?;
+        ("gone while bytes move", "tunnel_lost", |l, tcp| {
+            let mut peer = l.http2(tcp, &[])?;
             let asked = peer.wait(peer::HEADERS)?;
             peer.answer(asked.stream, "200")?;
             peer.wait(peer::DATA)?;

@@ -460,7 +460,7 @@ fn probes_and_scrapes_are_answered_also_where_ipv6_sockets_are_for_ipv6_alone() 
     let topology = pods().build()?;
     let good = MeshFile::of(&topology).for_node("a");
     let net = &topology.node("a")?.netns;
-    net.sysctl("net.ipv6.bindv6only", "1")?;
+    net.sysctl("ipv6/bindv6only", "1")?;
     let settings = Settings::of(&topology)?.env("ISTIO_META_ISTIO_VERSION", "1.29.1");
     // It is ready, and so answers on 127.0.0.1.
     let node = Node::start(&topology, "a", &good, settings)?;

@@ -88,6 +88,7 @@ impl Identity {
 pub struct Listener {
     listener: TcpListener,
     config: Arc<ServerConfig>,
+    patience: Duration,
 }
 
 impl Listener {
@@ -99,13 +100,21 @@ impl Listener {
                 port,
             ))?,
             config: identity.server()?,
+            patience: PATIENCE,
         })
+    }
+
+    /// Waits only so long for somebody to connect.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// The next TCP connection, without TLS so far.
     pub fn accept_tcp(&self) -> Result<TcpStream> {
         self.listener.set_nonblocking(true)?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             match self.listener.accept() {
                 Ok((stream, _)) => {
@@ -125,17 +134,27 @@ impl Listener {
 
     /// The next connection with its TLS handshake done; HTTP/2 is not begun.
     pub fn accept_tls(&self) -> Result<Server> {
+        self.tls(self.accept_tcp()?)
+    }
+
+    /// The next connection that has spoken HTTP/2's preface and had our SETTINGS.
+    pub fn accept(&self, settings: &[(u16, u32)]) -> Result<Server> {
+        self.http2(self.accept_tcp()?, settings)
+    }
+
+    /// Does the TLS handshake on a connection.
+    pub fn tls(&self, tcp: TcpStream) -> Result<Server> {
         let tls = ServerConnection::new(Arc::clone(&self.config))?;
-        let mut stream = StreamOwned::new(tls, self.accept_tcp()?);
+        let mut stream = StreamOwned::new(tls, tcp);
         while stream.conn.is_handshaking() {
             stream.conn.complete_io(&mut stream.sock)?;
         }
         Ok(Peer { stream })
     }
 
-    /// The next connection that has spoken HTTP/2's preface and had our SETTINGS.
-    pub fn accept(&self, settings: &[(u16, u32)]) -> Result<Server> {
-        let mut peer = self.accept_tls()?;
+    /// The same, and begins HTTP/2.
+    pub fn http2(&self, tcp: TcpStream, settings: &[(u16, u32)]) -> Result<Server> {
+        let mut peer = self.tls(tcp)?;
         peer.read_preface()?;
         peer.settings(settings)?;
         Ok(peer)
@@ -308,6 +327,12 @@ where
             (PING, 0) => self.frame(PING, ACK, 0, &frame.payload),
             _ => Ok(()),
         }
+    }
+
+    /// Takes whatever comes, until the connection ends.
+    pub fn drain(&mut self) {
+        // How it ends does not matter.
+        drop(std::io::copy(&mut self.stream, &mut std::io::sink()));
     }
 
     /// The TCP connection underneath.
