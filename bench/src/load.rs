@@ -289,11 +289,11 @@ fn number(answer: &Value, pointer: &str) -> Result<f64> {
 
 /// `1.25ms`, `830.00us`, `1.02s`.
 fn milliseconds(text: &str) -> Result<f64> {
-    for (unit, factor) in [("us", 1e-3), ("ms", 1.0), ("s", 1e3)] {
+    for (unit, per_millisecond) in [("us", 1e3), ("ms", 1.0), ("s", 1e-3)] {
         if let Some(value) = text.strip_suffix(unit)
             && let Ok(value) = value.parse::<f64>()
         {
-            return Ok(value * factor);
+            return Ok(value / per_millisecond);
         }
     }
     anyhow::bail!("not a time: {text}")
