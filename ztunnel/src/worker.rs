@@ -179,6 +179,50 @@ impl Mesh {
     }
 }
 
+/// What the pods of one worker have in common.
+struct Shared {
+    view: Rc<View>,
+    live: Live,
+    book: Book,
+    store: Arc<Store>,
+    tunnel: Rc<tunnel::Params>,
+    settings: Settings,
+    neighbours: Neighbours,
+}
+
+impl Shared {
+    /// What the walks of one pod work with.
+    fn context(
+        &self,
+        pod: PodRef,
+        dialer: Dialer,
+        descriptors: Descriptors,
+        drain: drain::Signal,
+    ) -> Context {
+        let dial = PodDial::new(Rc::new(dialer), descriptors, self.settings.keepalive);
+        Context {
+            pod,
+            view: Rc::clone(&self.view),
+            live: self.live.clone(),
+            book: self.book.clone(),
+            pool: Pool::new(
+                Rc::clone(&self.tunnel),
+                dial.clone(),
+                Arc::clone(&self.store),
+                drain.clone(),
+            ),
+            dial,
+            handshakes: Handshakes::default(),
+            store: Arc::clone(&self.store),
+            tunnel: Rc::clone(&self.tunnel),
+            settings: self.settings,
+            drain,
+            neighbours: self.neighbours.clone(),
+            attested: Attested::default(),
+        }
+    }
+}
+
 async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
     let Params {
         number,
@@ -197,8 +241,15 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         view: Rc::clone(&view),
         live: live.clone(),
     };
-    let neighbours = Neighbours::default();
-    let tunnel = Rc::new(tunnel);
+    let shared = Shared {
+        view,
+        live,
+        book,
+        store,
+        tunnel: Rc::new(tunnel),
+        settings,
+        neighbours: Neighbours::default(),
+    };
     let accepting = Accepting {
         descriptors: Descriptors::default(),
         warned: Rc::default(),
@@ -213,35 +264,15 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
                 Some(Order::Up { id, pod, listeners, dialer }) => {
                     let (trigger, drain) = drain::channel();
                     let descriptors = accepting.descriptors.clone();
-                    let dial = PodDial::new(Rc::new(dialer), descriptors, settings.keepalive);
-                    let context = Rc::new(Context {
-                        pod,
-                        view: Rc::clone(&view),
-                        live: live.clone(),
-                        book: book.clone(),
-                        pool: Pool::new(
-                            Rc::clone(&tunnel),
-                            dial.clone(),
-                            Arc::clone(&store),
-                            drain.clone(),
-                        ),
-                        dial,
-                        handshakes: Handshakes::default(),
-                        store: Arc::clone(&store),
-                        tunnel: Rc::clone(&tunnel),
-                        settings,
-                        drain,
-                        neighbours: neighbours.clone(),
-                        attested: Attested::default(),
-                    });
+                    let context = Rc::new(shared.context(pod, dialer, descriptors, drain));
                     serve(id, &context, listeners, &accepting);
-                    neighbours.enter(&context);
+                    shared.neighbours.enter(&context);
                     let context = Rc::downgrade(&context);
                     pods.insert(id, Pod { drain: trigger, context });
                 }
                 Some(Order::Down(id)) => {
                     if let Some(pod) = pods.remove(&id) {
-                        neighbours.leave(&pod.context);
+                        shared.neighbours.leave(&pod.context);
                         pod.drain.force(Reason::PodRemoved);
                     }
                 }

@@ -355,6 +355,6 @@ fn a_request_is_small() {
     ) -> usize {
         size_of::<F>()
     }
-    let bytes = bytes(|request, peer, cx| request_to_end(request, peer, cx));
+    let bytes = bytes(request_to_end);
     assert!(bytes <= 3072, "{bytes} bytes");
 }

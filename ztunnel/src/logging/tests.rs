@@ -141,7 +141,7 @@ fn a_filter_that_is_not_understood_names_its_variable() {
 #[test]
 fn lines_that_do_not_fit_are_dropped_and_counted() {
     let (sent, unblock) = std::sync::mpsc::channel();
-    let lines = super::lines::Lines::start(Blocked(unblock)).unwrap();
+    let lines = lines::Lines::start(Blocked(unblock)).unwrap();
     let mut line = vec![b'x'; 1 << 20];
     line.push(b'\n');
     for _ in 0..12 {
