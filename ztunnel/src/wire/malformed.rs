@@ -1,4 +1,4 @@
-//! What can be wrong with a CONNECT. Takes nothing, gives the errors of this room; never keeps
+//! What can be wrong with a CONNECT and what it becomes. Takes nothing, gives the errors of this room; never keeps
 //! more of a peer's bytes than the log line needs.
 
 use thiserror::Error;
@@ -26,6 +26,9 @@ pub enum Malformed {
     /// The method is not CONNECT.
     #[error("the method is {0}, not CONNECT")]
     Method(http::Method),
+    /// The identity does not fit into a PROXY header.
+    #[error("an identity of {0} bytes does not fit into a PROXY header")]
+    ProxyIdentity(usize),
 }
 
 impl ToReason for Malformed {
@@ -36,7 +39,8 @@ impl ToReason for Malformed {
             | Self::AuthorityNoPort(_)
             | Self::AuthorityPort(_)
             | Self::AuthorityTooLong(_)
-            | Self::Method(_) => Reason::BadRequest,
+            | Self::Method(_)
+            | Self::ProxyIdentity(_) => Reason::BadRequest,
         }
     }
 }

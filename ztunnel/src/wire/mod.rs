@@ -6,6 +6,7 @@ mod baggage;
 mod connect;
 mod forwarded;
 mod malformed;
+mod proxy_v2;
 mod traceparent;
 
 pub use authority::Authority;
@@ -13,4 +14,5 @@ pub use baggage::{Baggage, Owner, OwnerKind};
 pub use connect::{Connect, ConnectRequest, accepted, refused};
 pub use forwarded::Forwarded;
 pub use malformed::Malformed;
+pub use proxy_v2::ProxyHeader;
 pub use traceparent::Traceparent;
