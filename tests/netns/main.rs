@@ -30,4 +30,5 @@ mod policy;
 mod relay;
 mod reload;
 mod revocation;
+mod routes;
 mod workers;

@@ -45,6 +45,11 @@ impl Mesh {
     ) -> Result<Self> {
         let topology = builder.build()?;
         let file = file(&topology);
+        Self::start_with(topology, &file)
+    }
+
+    /// Starts both nodes of a topology with this file.
+    pub(crate) fn start_with(topology: Topology, file: &MeshFile) -> Result<Self> {
         let settings = Settings::of(&topology)?;
         Self::run(topology, |node| file.for_node(node), |_| settings.clone())
     }

@@ -19,6 +19,7 @@ pub struct MeshFile {
     members: BTreeMap<String, Vec<Membership>>,
     attached: BTreeMap<String, Vec<String>>,
     pod_settings: BTreeMap<String, String>,
+    workload_settings: BTreeMap<String, String>,
     policies: Vec<String>,
     verbatim: String,
 }
@@ -35,6 +36,7 @@ struct Service {
     namespace: String,
     vips: Vec<IpAddr>,
     ports: Vec<(u16, u16)>,
+    settings: String,
 }
 
 impl MeshFile {
@@ -48,6 +50,7 @@ impl MeshFile {
             members: BTreeMap::new(),
             attached: BTreeMap::new(),
             pod_settings: BTreeMap::new(),
+            workload_settings: BTreeMap::new(),
             policies: Vec::new(),
             verbatim: String::new(),
         }
@@ -88,7 +91,26 @@ impl MeshFile {
             namespace,
             vips: vips.to_vec(),
             ports: ports.to_vec(),
+            settings: String::new(),
         });
+        self
+    }
+
+    /// Text such as `canonical: true` for the item of a service that was added before.
+    #[must_use]
+    pub fn service_setting(mut self, name: &str, yaml: &str) -> Self {
+        let mut services = self.services.iter_mut();
+        if let Some(service) = services.find(|service| service.name == name) {
+            service.settings = format!("{}{yaml}\n", service.settings);
+        }
+        self
+    }
+
+    /// Text such as `network: far` for the pod's item under `workloads`.
+    #[must_use]
+    pub fn workload_setting(mut self, pod: &str, yaml: &str) -> Self {
+        let settings = self.workload_settings.entry(pod.to_owned()).or_default();
+        *settings = format!("{settings}{yaml}\n");
         self
     }
 
@@ -194,6 +216,7 @@ impl MeshFile {
         if let Some(policies) = self.attached.get(name) {
             item.push_str(&format!("authorizationPolicies: [{}]\n", quoted(policies)));
         }
+        item.extend(self.workload_settings.get(name).map(String::as_str));
         match self.members.get(name) {
             None => item.push_str("services: {}\n"),
             Some(members) => {
@@ -211,12 +234,13 @@ impl Service {
     fn yaml(&self) -> String {
         let vips: Vec<_> = self.vips.iter().map(|vip| format!("/{vip}")).collect();
         list_item(&format!(
-            "name: {}\nnamespace: {}\nhostname: {}\nvips: [{}]\nports: {}\n",
+            "name: {}\nnamespace: {}\nhostname: {}\nvips: [{}]\nports: {}\n{}",
             self.name,
             self.namespace,
             host_name(&self.namespace, &self.name),
             quoted(&vips),
             port_map(&self.ports),
+            self.settings,
         ))
     }
 }

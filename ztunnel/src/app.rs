@@ -414,6 +414,7 @@ fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Er
             settings: context::Settings {
                 original_source: config.original_source,
                 response_baggage: config.response_baggage,
+                localhost_app_tunnel: config.localhost_app_tunnel,
                 policy_info_logging: config.policy_info_logging,
                 local_fast_path: config.local_fast_path,
                 keepalive: config.keepalive.map(|k| tunnel::TcpKeepalive {

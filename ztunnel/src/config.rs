@@ -91,6 +91,9 @@ pub struct Config {
     pub original_source: bool,
     /// The answer to a CONNECT describes this side.
     pub response_baggage: bool,
+    /// `LOCALHOST_APP_TUNNEL`: an application that reads PROXY headers is reached on the pod's
+    /// loopback device.
+    pub localhost_app_tunnel: bool,
     /// Policy decisions are logged at info, not debug.
     pub policy_info_logging: bool,
     /// Between pods of this node, bytes go from socket to socket, without a tunnel.
@@ -150,6 +153,7 @@ impl Config {
             tls12: flag("TLS12_ENABLED", false)?,
             original_source: flag("ENABLE_ORIG_SRC", true)?,
             response_baggage: flag("ENABLE_RESPONSE_BAGGAGE", true)?,
+            localhost_app_tunnel: flag("LOCALHOST_APP_TUNNEL", true)?,
             policy_info_logging: flag("AUTHZ_POLICY_INFO_LOGGING", false)?,
             local_fast_path: flag("LOCAL_FAST_PATH", true)?,
             termination_deadline: termination_deadline(&env)?,
@@ -418,7 +422,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 28] = [
+const READ: [&str; 29] = [
     "AUTHZ_POLICY_INFO_LOGGING",
     "BPF_PIN_DIR",
     "CA_DIR",
@@ -433,6 +437,7 @@ const READ: [&str; 28] = [
     "KEEPALIVE_INTERVAL",
     "KEEPALIVE_RETRIES",
     "KEEPALIVE_TIME",
+    "LOCALHOST_APP_TUNNEL",
     "LOCAL_FAST_PATH",
     "LOCAL_XDS",
     "LOCAL_XDS_PATH",
@@ -450,7 +455,7 @@ const READ: [&str; 28] = [
 ];
 
 /// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 37] = [
+const KNOWN_TO_PEER: [&str; 36] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTH_TOKEN",
@@ -467,7 +472,6 @@ const KNOWN_TO_PEER: [&str; 37] = [
     "INPOD_UDS",
     "INSTANCE_IP",
     "IPV6_ENABLED",
-    "LOCALHOST_APP_TUNNEL",
     "PACKET_MARK",
     "POD_NAME",
     "POD_NAMESPACE",

@@ -3,10 +3,11 @@
 
 mod descriptors;
 mod handshakes;
+mod names;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -27,10 +28,11 @@ use crate::control::World;
 use crate::drain;
 use crate::identity::{self, Store};
 use crate::model::{AppAddr, Flow, PodRef, Reason, SpiffeId, ToReason, UpstreamAddr, Workload};
-use crate::tunnel::{self, Dial, Pool, Side as _};
+use crate::tunnel::{self, Dial, Inside, Pool, Side as _};
 
 pub use descriptors::Descriptors;
 pub use handshakes::{Handshakes, Place};
+pub use names::{NameError, Names};
 
 /// The mesh as one worker sees it: replaced whole, read without a lock.
 #[derive(Debug)]
@@ -88,6 +90,8 @@ pub struct Settings {
     pub original_source: bool,
     /// The answer to a CONNECT describes this side.
     pub response_baggage: bool,
+    /// An application that reads PROXY headers is reached on the pod's loopback device.
+    pub localhost_app_tunnel: bool,
     /// Policy decisions are logged at info, not debug.
     pub policy_info_logging: bool,
     /// Between pods of this node, bytes go from socket to socket, without a tunnel.
@@ -168,6 +172,8 @@ pub struct Context {
     pub dial: PodDial,
     /// The peers on the HBONE port that have not proved yet who they are.
     pub handshakes: Handshakes,
+    /// Host names that the mesh names instead of addresses.
+    pub names: Rc<Names>,
     /// Certificates.
     pub store: Arc<Store>,
     /// HBONE's parameters.
@@ -279,6 +285,30 @@ impl Context {
         let foreign = !local.ips.contains(&client);
         let client = (self.settings.original_source && foreign).then_some(client);
         self.in_time(app.addr(), self.dial.app(client, app)).await
+    }
+
+    /// Connects to the pod's application by the pod's loopback device, whose port is that of `app`.
+    /// Cancel safe: the socket is closed.
+    ///
+    /// # Errors
+    /// No socket, no answer in time, or a refusal.
+    pub async fn dial_loopback(&self, app: AppAddr) -> Result<TcpStream, DialError> {
+        let ip: IpAddr = match app.ip() {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        };
+        let app = AppAddr::new(SocketAddr::new(ip, app.port()));
+        self.in_time(app.addr(), self.dial.app(None, app)).await
+    }
+
+    /// What a tunnel inside another one is made with.
+    #[must_use]
+    pub fn inside(&self) -> Inside {
+        Inside {
+            params: Rc::clone(&self.tunnel),
+            store: Arc::clone(&self.store),
+            drain: self.drain.clone(),
+        }
     }
 
     async fn in_time(

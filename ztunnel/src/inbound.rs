@@ -2,10 +2,12 @@
 //! port 15008, gives one ending for each request on it; never answers 200 before the application
 //! has accepted.
 
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use thiserror::Error;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
 
@@ -19,7 +21,7 @@ use crate::model::{
 };
 use crate::resolve::{self, Asked, InboundQuery};
 use crate::tunnel::{self, Accepted, Request};
-use crate::wire::{self, Authority, Baggage, ConnectRequest, Malformed, Traceparent};
+use crate::wire::{self, Authority, Baggage, ConnectRequest, Malformed, ProxyHeader, Traceparent};
 
 /// Serves one HBONE connection into the pod until its peer ends it. A connection that fails before
 /// its first request is recorded once. It keeps its place until its peer has proved who it is.
@@ -158,12 +160,7 @@ async fn prepare(
         forwarded_host: connect.forwarded.host.as_deref(),
     };
     let delivery = resolve::deliver(&world.snapshot, &query)?;
-    // The workload behind the peer's address, if it is who the certificate says.
-    let source = world
-        .snapshot
-        .workload_at(&local.network, peer.client.ip())
-        .filter(|workload| workload.identity.as_ref() == Some(&peer.identity))
-        .map(Arc::clone);
+    let source = source(&world.snapshot, &local, connect, peer);
     drop(world);
     let flow = Flow {
         source: peer.client,
@@ -182,9 +179,41 @@ async fn prepare(
         security: SecurityPolicy::MutualTls,
     });
     let permit = admitted?;
-    let app = cx.dial_app(peer.client.ip(), delivery.app, &local);
-    let app = app.await?;
+    let app = match delivery.announced {
+        Some(_) if cx.settings.localhost_app_tunnel => cx.dial_loopback(delivery.app).await,
+        Some(_) | None => cx.dial_app(peer.client.ip(), delivery.app, &local).await,
+    };
+    let mut app = app?;
+    if let Some(destination) = delivery.announced {
+        let header = ProxyHeader {
+            source: peer.client,
+            destination,
+            identity: Some(&peer.identity),
+        };
+        // The first bytes of a connection: the kernel has room for them.
+        let written = app.write_all(&header.encode()?).await;
+        written.map_err(Failure::Announce)?;
+    }
     Ok((permit, app, local))
+}
+
+/// The workload behind the peer's address, if it is who the certificate says. What comes from
+/// another network has its address there.
+// PROTOCOL.md#source-workload
+fn source(
+    snapshot: &resolve::Snapshot,
+    local: &Workload,
+    connect: &ConnectRequest,
+    peer: &Peer,
+) -> Option<Arc<Workload>> {
+    let here = |network: &Arc<str>| network.eq_ignore_ascii_case(snapshot.node_network());
+    if !connect.network.as_ref().is_none_or(here) {
+        return None;
+    }
+    snapshot
+        .workload_at(&local.network, peer.client.ip())
+        .filter(|workload| workload.identity.as_ref() == Some(&peer.identity))
+        .map(Arc::clone)
 }
 
 fn asked(authority: &Authority) -> Asked {
@@ -197,6 +226,8 @@ fn asked(authority: &Authority) -> Asked {
 /// Why an inbound request ended before its two ends ended it.
 #[derive(Debug, Error)]
 enum Failure {
+    #[error("tell the application where the connection comes from")]
+    Announce(#[source] io::Error),
     #[error("the TLS handshake was not finished, and its place was needed for another")]
     CrowdedOut,
     #[error(transparent)]
@@ -222,6 +253,7 @@ enum Failure {
 impl ToReason for Failure {
     fn to_reason(&self) -> Reason {
         match self {
+            Self::Announce(_) => Reason::ConnectFailed,
             Self::CrowdedOut => Reason::CrowdedOut,
             Self::NotAdmitted(e) => e.to_reason(),
             Self::Dial(e) => e.to_reason(),

@@ -6,16 +6,20 @@ mod local;
 use std::sync::Arc;
 
 use thiserror::Error;
+use tokio::net::TcpStream;
 
 use crate::account::{Learned, Ledger, Opening};
 use crate::authz::Permit;
 use crate::capture::Captured;
-use crate::context::{Context, DialError, Unserved};
+use crate::context::{Context, DialError, NameError, Unserved};
 use crate::identity;
-use crate::model::{ClientAddr, Direction, Reason, SecurityPolicy, SpiffeId, ToReason, Workload};
-use crate::resolve::{self, Hop, Query, Route};
+use crate::model::{
+    ClientAddr, Direction, OrigDst, Reason, SecurityPolicy, SpiffeId, ToReason, Workload,
+};
+use crate::resolve::{self, Found, Hop, Query, Route};
 use crate::tunnel::{self, Opened, Target};
 use crate::wire::{Authority, Baggage, Connect, Malformed, Traceparent};
+use local::Neighbour;
 
 /// Serves one connection of the pod to its end. Cancelling it resets both sides and records
 /// `drained`.
@@ -62,36 +66,91 @@ async fn walk(
     if source.ips.contains(&asked.ip()) {
         return Err(Failure::SelfCall);
     }
-    let world = cx.view.world();
-    let query = Query {
-        source: &source,
-        destination: asked,
-        dice: fastrand::u64(..),
-    };
-    let route = resolve::route(&world.snapshot, &query)?;
-    drop(world);
-    let way = Way {
-        cx,
-        ledger,
-        source,
-        route,
-    };
-    match way.route.hop.clone() {
-        Hop::Hbone {
-            authority,
-            expected,
-        } => {
-            if let Some(near) = way.neighbour(authority, &expected) {
-                // Apart, so that a connection through a tunnel is not as large as both.
-                return Box::pin(local::serve(way, near, stream, client, trace)).await;
+    // Apart, so that what it needs is given back before bytes move.
+    match Box::pin(connect(cx, ledger, source, (client, asked, trace), &stream)).await? {
+        Reached::Far(way, permit, connected) => way.carry(stream, &permit, connected).await,
+        // Apart, so that a connection through a tunnel is not as large as both.
+        Reached::Near(way, near) => Box::pin(local::serve(way, near, stream, client, trace)).await,
+    }
+}
+
+/// Where a connection's way ends.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one of them, and it is moved twice: not worth an allocation"
+)]
+enum Reached<'a> {
+    /// At another node, a gateway or outside the mesh, and it is open.
+    Far(Way<'a>, Permit, Connected),
+    /// At a pod of this node.
+    Near(Way<'a>, Neighbour),
+}
+
+/// Finds the way and opens it. A destination that was not even reached is left out, and another is
+/// tried, a few times: nobody has heard of the connection yet.
+// PROTOCOL.md#retry
+async fn connect<'a>(
+    cx: &'a Context,
+    ledger: &'a Ledger,
+    source: Arc<Workload>,
+    (client, asked, trace): (ClientAddr, OrigDst, Traceparent),
+    stream: &Unserved,
+) -> Result<Reached<'a>, Failure> {
+    let mut avoid = Vec::new();
+    let mut failed: Option<(Way<'a>, Failure)> = None;
+    let dice = fastrand::u64(..);
+    loop {
+        let query = Query {
+            source: &source,
+            from: client.ip(),
+            destination: asked,
+            avoid: &avoid,
+            dice,
+        };
+        let route = match (route(cx, &query).await, failed) {
+            (Ok(route), None) => route,
+            (Ok(route), Some(_)) => {
+                ledger.retried();
+                route
             }
-            let authority = Authority::ip(authority);
-            let opened = way.open(client, &authority, expected, trace);
-            // Apart, so that what it needs is given back before bytes move.
-            let opened = Box::pin(stream.for_it(opened)).await;
-            way.tunnelled(stream, opened, &authority).await
+            (Err(failure), None) => return Err(failure),
+            // Nobody is left: it ends as the last attempt did.
+            (Err(_), Some((way, failure))) => return Err(way.refused(failure)),
+        };
+        let way = Way {
+            cx,
+            ledger,
+            source: Arc::clone(&source),
+            route,
+        };
+        if let Some(near) = way.neighbour() {
+            return Ok(Reached::Near(way, near));
         }
-        Hop::Plain => way.plain(stream).await,
+        let failure = match Box::pin(stream.for_it(way.open(client, trace))).await {
+            Ok((permit, connected)) => return Ok(Reached::Far(way, permit, connected)),
+            Err(failure) => failure,
+        };
+        match way.route.chosen() {
+            Some(tried) if failure.is_unheard() && avoid.len() < RETRIES => {
+                avoid.push(Arc::clone(tried));
+            }
+            Some(_) | None => return Err(way.refused(failure)),
+        }
+        failed = Some((way, failure));
+    }
+}
+
+/// The route of now, with an address to dial.
+async fn route(cx: &Context, query: &Query<'_>) -> Result<Route, Failure> {
+    let world = cx.view.world();
+    let found = resolve::route(&world.snapshot, query)?;
+    drop(world);
+    match found {
+        Found::Route(route) => Ok(route),
+        Found::Name(unresolved) => {
+            let addresses = cx.names.look_up(unresolved.name()).await?;
+            Ok(unresolved.resolved(&addresses)?)
+        }
     }
 }
 
@@ -103,69 +162,136 @@ struct Way<'a> {
     route: Route,
 }
 
+/// The other side of a connection, ready for bytes.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one of them, and it is moved twice: not worth an allocation"
+)]
+enum Connected {
+    Plain(TcpStream),
+    Tunnel(Opened),
+}
+
 impl Way<'_> {
-    async fn tunnelled(
+    async fn carry(
         self,
         stream: Unserved,
-        opened: Result<(Permit, Opened), Failure>,
-        authority: &Authority,
+        permit: &Permit,
+        connected: Connected,
     ) -> Result<(), Failure> {
-        let peer = opened.as_ref().ok().map(|(_, opened)| opened.peer.clone());
-        self.learn(SecurityPolicy::MutualTls, peer, Some(authority.to_string()));
-        let (permit, opened) = opened?;
         let mut drain = self.cx.drain.clone();
-        let stream = stream.serve();
-        tunnel::relay(stream, opened.stream, &permit, self.ledger, &mut drain).await?;
+        match connected {
+            Connected::Plain(upstream) => {
+                self.learn(SecurityPolicy::Unknown, None, None);
+                let stream = stream.serve();
+                tunnel::relay(stream, upstream, permit, self.ledger, &mut drain).await?;
+            }
+            Connected::Tunnel(Opened {
+                stream: far, peer, ..
+            }) => {
+                self.learn(SecurityPolicy::MutualTls, Some(peer), self.asked_for());
+                let stream = stream.serve();
+                tunnel::relay(stream, far, permit, self.ledger, &mut drain).await?;
+            }
+        }
         Ok(())
+    }
+
+    /// The record of a way that could not be opened.
+    fn refused(&self, failure: Failure) -> Failure {
+        let security = match self.route.hop {
+            Hop::DoubleHbone { .. } | Hop::Hbone { .. } => SecurityPolicy::MutualTls,
+            Hop::Plain => SecurityPolicy::Unknown,
+        };
+        self.learn(security, None, self.asked_for());
+        failure
     }
 
     async fn open(
         &self,
         client: ClientAddr,
-        authority: &Authority,
-        expected: Vec<SpiffeId>,
         trace: Traceparent,
-    ) -> Result<(Permit, Opened), Failure> {
+    ) -> Result<(Permit, Connected), Failure> {
         let identity = self.source.identity.clone().ok_or(Failure::NoIdentity)?;
         let permit = self.cx.live.outbound(&self.source.uid, identity.clone());
-        let host = self.route.service.as_ref().map(|s| &s.key.hostname);
-        let request = Connect {
-            authority,
-            baggage: &Baggage::of(&self.source).encode(),
-            source: client,
-            host,
-            traceparent: trace,
-            network: None,
-        };
-        let target = Target {
+        let target = |expected: &[SpiffeId]| Target {
             upstream: self.route.upstream,
-            expected,
+            expected: expected.to_vec(),
             source: identity,
             source_ip: client.ip(),
         };
-        let opened = self.cx.pool.open(&permit, &target, request.encode()?);
-        let opened = opened.await?;
-        Ok((permit, opened))
+        let connected = match &self.route.hop {
+            Hop::Plain => Connected::Plain(self.cx.dial_upstream(self.route.upstream).await?),
+            Hop::Hbone {
+                authority,
+                expected,
+            } => {
+                let request = self.request(&Authority::ip(*authority), client, trace, None)?;
+                let target = target(expected);
+                let opened = self.cx.pool.open(&permit, &target, request);
+                Connected::Tunnel(opened.await?)
+            }
+            Hop::DoubleHbone {
+                authority: (host, port),
+                gateway,
+                expected,
+            } => {
+                let authority = Authority::host(host, *port)?;
+                let network = Arc::clone(self.cx.view.world().snapshot.node_network());
+                let inner = self.request(&authority, client, trace, Some(&network))?;
+                let outer = self.request(&authority, client, trace, None)?;
+                let mut target = target(gateway);
+                let outer = self.cx.pool.open(&permit, &target, outer).await?;
+                target.expected.clone_from(expected);
+                let with = self.cx.inside();
+                let opened = tunnel::open_inside(&permit, outer.stream, &target, inner, with);
+                Connected::Tunnel(opened.await?)
+            }
+        };
+        Ok((permit, connected))
     }
 
-    async fn plain(self, stream: Unserved) -> Result<(), Failure> {
-        let identity = self.source.identity.clone().ok_or(Failure::NoIdentity)?;
-        let permit = self.cx.live.outbound(&self.source.uid, identity);
-        let dialled = async { Ok(self.cx.dial_upstream(self.route.upstream).await?) };
-        let dialled: Result<_, Failure> = stream.for_it(dialled).await;
-        self.learn(SecurityPolicy::Unknown, None, None);
-        let upstream = dialled?;
-        let mut drain = self.cx.drain.clone();
-        tunnel::relay(stream.serve(), upstream, &permit, self.ledger, &mut drain).await?;
-        Ok(())
+    fn request(
+        &self,
+        authority: &Authority,
+        source: ClientAddr,
+        traceparent: Traceparent,
+        network: Option<&str>,
+    ) -> Result<http::Request<()>, Malformed> {
+        let request = Connect {
+            authority,
+            baggage: &Baggage::of(&self.source).encode(),
+            source,
+            host: self.route.service.as_ref().map(|s| &s.key.hostname),
+            traceparent,
+            network,
+        };
+        request.encode()
+    }
+
+    /// What the CONNECT asks for.
+    fn asked_for(&self) -> Option<String> {
+        match &self.route.hop {
+            Hop::DoubleHbone {
+                authority: (host, port),
+                ..
+            } => Some(format!("{host}:{port}")),
+            Hop::Hbone { authority, .. } => Some(authority.to_string()),
+            Hop::Plain => None,
+        }
     }
 
     fn learn(&self, security: SecurityPolicy, peer: Option<SpiffeId>, hbone_addr: Option<String>) {
         let proven = peer.is_some().then(|| self.source.identity.clone());
+        // Beyond a gateway it may be another one of the service: who, its proof tells.
+        let is_it = |workload: &&Arc<Workload>| {
+            self.route.gateway.is_none() || peer.is_none() || workload.identity == peer
+        };
+        let destination = self.route.workload.as_ref().filter(is_it).map(Arc::clone);
         self.ledger.learn(Learned {
             source: Some(Arc::clone(&self.source)),
             source_identity: proven.flatten(),
-            destination: self.route.workload.clone(),
+            destination,
             destination_identity: peer,
             service: self.route.service.clone(),
             dst_addr: self.route.upstream,
@@ -190,6 +316,8 @@ enum Failure {
     NeighbourEnded,
     #[error("refused at the pod that it goes to")]
     NeighbourRefused(#[source] local::Refusal),
+    #[error(transparent)]
+    Name(#[from] NameError),
     #[error("the pod's workload has no identity")]
     NoIdentity,
     #[error(transparent)]
@@ -202,6 +330,19 @@ enum Failure {
     UnknownWorkload,
 }
 
+impl Failure {
+    /// Whether what was dialled did not answer at all.
+    const fn is_unheard(&self) -> bool {
+        matches!(
+            self,
+            Self::Dial(DialError::Refused { .. } | DialError::TimedOut { .. })
+                | Self::Tunnel(
+                    tunnel::Error::Connect { .. } | tunnel::Error::ConnectTimedOut { .. }
+                )
+        )
+    }
+}
+
 impl ToReason for Failure {
     fn to_reason(&self) -> Reason {
         match self {
@@ -211,6 +352,7 @@ impl ToReason for Failure {
             Self::Identity(e) => e.to_reason(),
             Self::NeighbourEnded => Reason::Reset,
             Self::NeighbourRefused(_) => Reason::PeerRefused,
+            Self::Name(e) => e.to_reason(),
             Self::NoIdentity => Reason::IdentityUnavailable,
             Self::Resolve(e) => e.to_reason(),
             Self::SelfCall => Reason::SelfCall,
@@ -219,6 +361,9 @@ impl ToReason for Failure {
         }
     }
 }
+
+/// How many more destinations a connection is offered to.
+const RETRIES: usize = 2;
 
 #[cfg(test)]
 mod tests;

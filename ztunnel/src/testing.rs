@@ -21,7 +21,7 @@ use crate::account::Accounts;
 use crate::authz::Live;
 use crate::capture::Captured;
 use crate::context::{
-    Attested, Context, Descriptors, Handshakes, Neighbours, PodDial, Settings, Sockets, View,
+    Attested, Context, Descriptors, Handshakes, Names, Neighbours, PodDial, Settings, Sockets, View,
 };
 use crate::control::World;
 use crate::identity::testing::{Authority, id, store};
@@ -114,6 +114,7 @@ impl Pod {
         let mut settings = Settings {
             original_source: true,
             response_baggage: true,
+            localhost_app_tunnel: true,
             policy_info_logging: false,
             local_fast_path: true,
             keepalive: Some(tunnel::TcpKeepalive::default()),
@@ -143,6 +144,7 @@ impl Pod {
             pool,
             dial,
             handshakes: Handshakes::default(),
+            names: Rc::new(Names::default()),
             store,
             tunnel: params,
             settings,
@@ -192,6 +194,7 @@ impl Pod {
             tunnel: Rc::clone(&own.tunnel),
             settings: own.settings,
             drain: signal,
+            names: Rc::clone(&own.names),
             neighbours: own.neighbours.clone(),
             attested: Attested::default(),
         });
@@ -314,6 +317,12 @@ impl HboneServer {
         let (tcp, _) = self.listener.accept().await.unwrap();
         let tls = self.acceptor.accept(tcp).await.unwrap();
         h2::server::handshake(tls).await.unwrap()
+    }
+
+    /// The next tunnel does not come to be.
+    pub(crate) async fn fails(&self) {
+        let (tcp, _) = self.listener.accept().await.unwrap();
+        assert!(self.acceptor.accept(tcp).await.is_err());
     }
 }
 

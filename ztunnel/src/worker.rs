@@ -20,7 +20,7 @@ use crate::account::Book;
 use crate::authz::Live;
 use crate::capture::{Captured, Dialer, Listener, WorkerListeners};
 use crate::context::{
-    Attested, Context, Descriptors, Handshakes, Neighbours, PodDial, Settings, View,
+    Attested, Context, Descriptors, Handshakes, Names, Neighbours, PodDial, Settings, View,
 };
 use crate::control::World;
 use crate::drain;
@@ -188,6 +188,7 @@ struct Shared {
     tunnel: Rc<tunnel::Params>,
     settings: Settings,
     neighbours: Neighbours,
+    names: Rc<Names>,
 }
 
 impl Shared {
@@ -213,6 +214,7 @@ impl Shared {
             ),
             dial,
             handshakes: Handshakes::default(),
+            names: Rc::clone(&self.names),
             store: Arc::clone(&self.store),
             tunnel: Rc::clone(&self.tunnel),
             settings: self.settings,
@@ -249,6 +251,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         tunnel: Rc::new(tunnel),
         settings,
         neighbours: Neighbours::default(),
+        names: Rc::default(),
     };
     let accepting = Accepting {
         descriptors: Descriptors::default(),

@@ -12,6 +12,7 @@ pub(super) struct Ending {
     pub(super) received_bytes: u64,
     pub(super) sent_bytes: u64,
     pub(super) duration: Duration,
+    pub(super) retries: u32,
     pub(super) reason: Reason,
     pub(super) error: Option<String>,
 }
@@ -50,6 +51,7 @@ macro_rules! complete {
             bytes_sent = $sent,
             bytes_recv = $received,
             duration = milliseconds($ending.duration),
+            retries = (($ending.retries) > 0).then_some($ending.retries),
             reason = $ending.reason.as_str(),
             path = path($learned.security),
             error = $ending.error.as_deref(),

@@ -58,6 +58,7 @@ pub struct Ledger {
     began: Instant,
     received_bytes: Cell<u64>,
     sent_bytes: Cell<u64>,
+    retries: Cell<u32>,
     known: OnceCell<Box<Known>>,
     closed: bool,
 }
@@ -95,6 +96,7 @@ impl Ledger {
             began: Instant::now(),
             received_bytes: Cell::new(0),
             sent_bytes: Cell::new(0),
+            retries: Cell::new(0),
             known: OnceCell::new(),
             closed: false,
         }
@@ -133,6 +135,11 @@ impl Ledger {
         access_log::opened(&self.opening, &known.learned);
     }
 
+    /// Somebody could not be reached, and another one is tried.
+    pub fn retried(&self) {
+        self.retries.set(self.retries.get().saturating_add(1));
+    }
+
     /// Ends the record. The error is shown if the reason is a failure.
     pub fn close(mut self, reason: Reason, error: Option<&dyn Error>) {
         self.end(reason, error.map(chain));
@@ -148,6 +155,7 @@ impl Ledger {
             received_bytes: self.received_bytes.get(),
             sent_bytes: self.sent_bytes.get(),
             duration: self.began.elapsed(),
+            retries: self.retries.get(),
             reason,
             // Whoever greps for `error` finds every failure.
             error: (!reason.is_success())

@@ -66,11 +66,12 @@ impl Dialer {
     }
 
     /// A socket for a connection to the pod's application at `app`. The application sees `client` as
-    /// its peer, unless that is unknown, of the other family, or an address of the pod itself.
+    /// its peer, unless that is unknown, of the other family, an address of the pod itself, or one
+    /// that the kernel does not let us use.
     /// The client keeps its address but not its port: it may be using the same pair itself.
     ///
     /// # Errors
-    /// The namespace cannot be entered, or the kernel refuses the socket or the address.
+    /// The namespace cannot be entered, or the kernel refuses the socket.
     pub fn app_socket(&self, client: Option<IpAddr>, app: IpAddr) -> io::Result<Socket> {
         let app = app.to_canonical();
         let socket = self.socket(app)?;
@@ -84,6 +85,18 @@ impl Dialer {
         if inside || client.is_ipv4() != app.is_ipv4() {
             return Ok(socket);
         }
+        match Self::stand_in(&socket, client) {
+            Ok(()) => Ok(socket),
+            Err(error) => {
+                tracing::debug!(%client, %app, %error, "the application sees the pod, not its client");
+                // What was set on the first one must not stay.
+                self.socket(app)
+            }
+        }
+    }
+
+    /// Makes a socket connect from the client's address.
+    fn stand_in(socket: &Socket, client: IpAddr) -> io::Result<()> {
         if client.is_ipv4() {
             socket.set_ip_transparent_v4(true)?;
         } else {
@@ -94,9 +107,8 @@ impl Dialer {
         // Without it the kernel side sees the device of the address, and would capture us.
         socket.bind_device_by_index_v4(Some(netns::LOOPBACK))?;
         // connect(2) needs the port unique per destination only, bind(2) would need it free.
-        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
-        socket.bind(&SocketAddr::new(client, 0).into())?;
-        Ok(socket)
+        setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(client, 0).into())
     }
 
     fn socket(&self, destination: IpAddr) -> io::Result<Socket> {

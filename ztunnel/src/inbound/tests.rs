@@ -15,7 +15,10 @@ use tokio::net::TcpListener;
 use tokio::time::timeout;
 
 use super::*;
-use crate::model::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
+use crate::model::{
+    Action, AppProtocol, ApplicationTunnel, Clause, GatewayAddress, GatewayDestination, Match,
+    NetworkAddr, Policy, Rule, Scope, StringMatch,
+};
 use crate::testing::{BANK, CART, Client, Pod, connect, own_ip, service, worker, workload, world};
 
 /// How long something is watched that must not happen.
@@ -357,4 +360,99 @@ fn a_request_is_small() {
     }
     let bytes = bytes(request_to_end);
     assert!(bytes <= 3072, "{bytes} bytes");
+}
+
+/// Behaviours 80, 82, 88 and 89.
+#[tokio::test]
+async fn an_application_that_proxies_is_told_first_where_a_connection_comes_from() {
+    worker(async {
+        for (loopback, family) in [(true, "127.0.0.1"), (false, "")] {
+            let ip = own_ip();
+            let at = if loopback {
+                family.parse().unwrap()
+            } else {
+                ip
+            };
+            let app = TcpListener::bind((at, 0)).await.unwrap();
+            let port = app.local_addr().unwrap().port();
+            let mut bank = workload("bank", ip);
+            bank.application_tunnel = Some(ApplicationTunnel {
+                protocol: AppProtocol::Proxy,
+                port: Some(port),
+            });
+            let pod = Pod::with(world(vec![bank], vec![], vec![]), |settings| {
+                settings.localhost_app_tunnel = loopback;
+            });
+            let client = pod.tunnel(CART, ip).await;
+            let (response, mut send) = client.ask(connect("10.96.0.4:80")).await;
+            assert_eq!(response.status(), 200);
+            send.send_data(Bytes::from_static(b"payload"), true)
+                .unwrap();
+            let (mut socket, _) = app.accept().await.unwrap();
+            let mut heard = Vec::new();
+            socket.read_to_end(&mut heard).await.unwrap();
+            let identity = CART.parse().unwrap();
+            let header = ProxyHeader {
+                source: client.address,
+                destination: "10.96.0.4:80".parse().unwrap(),
+                identity: Some(&identity),
+            };
+            assert_eq!(
+                heard,
+                [header.encode().unwrap(), b"payload".to_vec()].concat()
+            );
+            assert_eq!(client.status("10.96.0.4:15006").await, 503);
+        }
+    })
+    .await;
+}
+
+/// Policy is judged on the port that the application is reached on.
+#[tokio::test]
+async fn an_application_tunnel_is_judged_by_the_port_that_it_leads_to() {
+    worker(async {
+        let ip = own_ip();
+        let app = TcpListener::bind((ip, 0)).await.unwrap();
+        let port = app.local_addr().unwrap().port();
+        let mut bank = workload("bank", ip);
+        bank.application_tunnel = Some(ApplicationTunnel {
+            protocol: AppProtocol::None,
+            port: Some(port),
+        });
+        let on = |port| Match {
+            destination_ports: vec![port],
+            ..Match::default()
+        };
+        for (denied, status) in [(80, 200), (port, 401)] {
+            let policies = vec![policy(Action::Deny, on(denied))];
+            let pod = Pod::new(world(vec![bank.clone()], vec![], policies));
+            let client = pod.tunnel(CART, ip).await;
+            assert_eq!(client.status("10.96.0.4:80").await, status);
+        }
+    })
+    .await;
+}
+
+/// Behaviour 79.
+#[tokio::test]
+async fn a_waypoint_takes_what_was_meant_for_the_service_behind_it() {
+    worker(async {
+        let (pod, app, at) = bank(vec![]).await;
+        let port = at.port();
+        let mut cart = service("cart", "10.96.0.1", &[(80, 8080)]);
+        cart.waypoint = Some(GatewayAddress {
+            destination: GatewayDestination::Address(NetworkAddr::new("".into(), at.ip())),
+            hbone_mtls_port: 15008,
+        });
+        let other = service("other", "10.96.0.2", &[(80, 8080)]);
+        let workloads = vec![workload("bank", at.ip())];
+        pod.cx
+            .view
+            .replace(world(workloads, vec![cart, other], vec![]));
+        let client = pod.tunnel(CART, at.ip()).await;
+        echoes(&client, &app, connect(&format!("10.96.0.1:{port}"))).await;
+        assert_eq!(client.status(&format!("10.96.0.2:{port}")).await, 400);
+        assert_eq!(pod.ended(Direction::Inbound, Reason::BadDestination), 1);
+    })
+    .await;
 }

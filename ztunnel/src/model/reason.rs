@@ -69,8 +69,6 @@ pub enum Reason {
     TunnelLost,
     /// The control plane has not told this node about its own workload.
     UnknownWorkload,
-    /// The route needs something that this node does not do yet.
-    Unsupported,
 }
 
 /// Every error of a room that can end a connection knows its reason; the match is total.
@@ -81,7 +79,7 @@ pub trait ToReason {
 
 impl Reason {
     /// All of them, for counters that exist from the start.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 27] = [
         Self::BadDestination,
         Self::BadRequest,
         Self::Complete,
@@ -109,7 +107,6 @@ impl Reason {
         Self::TlsTimedOut,
         Self::TunnelLost,
         Self::UnknownWorkload,
-        Self::Unsupported,
     ];
 
     /// The word for our own counters and the access line.
@@ -143,7 +140,6 @@ impl Reason {
             Self::TlsTimedOut => "tls_timed_out",
             Self::TunnelLost => "tunnel_lost",
             Self::UnknownWorkload => "unknown_workload",
-            Self::Unsupported => "unsupported",
         }
     }
 
@@ -173,8 +169,7 @@ impl Reason {
             | Self::ResourceExhausted
             | Self::SelfCall
             | Self::TunnelLost
-            | Self::UnknownWorkload
-            | Self::Unsupported => "CONNECT",
+            | Self::UnknownWorkload => "CONNECT",
         }
     }
 
@@ -206,8 +201,7 @@ impl Reason {
             | Self::TlsFailed
             | Self::TlsTimedOut
             | Self::TunnelLost
-            | Self::UnknownWorkload
-            | Self::Unsupported => 503,
+            | Self::UnknownWorkload => 503,
         }
     }
 
@@ -241,8 +235,7 @@ impl Reason {
             | Self::TlsFailed
             | Self::TlsTimedOut
             | Self::TunnelLost
-            | Self::UnknownWorkload
-            | Self::Unsupported => LogLevel::Info,
+            | Self::UnknownWorkload => LogLevel::Info,
         }
     }
 

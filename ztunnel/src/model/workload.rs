@@ -145,6 +145,15 @@ pub enum GatewayDestination {
     Hostname(NamespacedHostname),
 }
 
+impl fmt::Display for GatewayDestination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Hostname(name) => name.fmt(f),
+        }
+    }
+}
+
 /// A waypoint or a network gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct GatewayAddress {

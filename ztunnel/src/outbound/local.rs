@@ -18,7 +18,7 @@ use crate::model::{
     ClientAddr, Direction, Flow, Meter, OrigDst, Reason, SecurityPolicy, SpiffeId, ToReason,
     Workload,
 };
-use crate::resolve::{self, Asked, InboundQuery};
+use crate::resolve::{self, Asked, Hop, InboundQuery};
 use crate::tunnel;
 use crate::wire::Traceparent;
 
@@ -35,10 +35,18 @@ impl Way<'_> {
     /// The pod of this node that the route leads to, if nothing stands between. What HBONE would
     /// refuse or do differently is left to HBONE.
     // PROTOCOL.md#node-local
-    pub(super) fn neighbour(&self, target: SocketAddr, expected: &[SpiffeId]) -> Option<Neighbour> {
-        if !self.cx.settings.local_fast_path {
+    pub(super) fn neighbour(&self) -> Option<Neighbour> {
+        if !self.cx.settings.local_fast_path || !self.route.rule.is_direct() {
             return None;
         }
+        let Hop::Hbone {
+            authority: target,
+            expected,
+        } = &self.route.hop
+        else {
+            return None;
+        };
+        let target = *target;
         let workload = self.route.workload.as_ref()?;
         // A waypoint or a gateway is dialled elsewhere than at the target.
         let direct = self.route.upstream.ip() == target.ip() && workload.ips.contains(&target.ip());

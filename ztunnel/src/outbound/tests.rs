@@ -5,6 +5,8 @@
     reason = "a test runs one of them and then ends"
 )]
 
+mod ways;
+
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;

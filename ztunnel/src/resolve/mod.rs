@@ -3,23 +3,33 @@
 #![warn(clippy::wildcard_enum_match_arm)]
 
 mod balance;
+mod explain;
 mod inbound;
 mod index;
 mod route;
 mod snapshot;
+#[cfg(test)]
+mod testing;
+mod waypoint;
 
+pub use explain::{Explanation, Fate, LeftOut, Step, explain};
 pub(crate) use inbound::OWN_PORTS;
 pub use inbound::{Asked, Delivery, InboundQuery, deliver};
-pub use route::{Hop, Query, Route, route};
+pub use route::{Found, Hop, Query, Route, Rule, Unresolved, route};
 pub use snapshot::{Change, Snapshot};
+
+use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::model::{NamespacedHostname, Reason, ToReason, WorkloadUid};
+use crate::model::{GatewayDestination, NamespacedHostname, Reason, ToReason, WorkloadUid};
 
 /// Why there is no route.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Error {
+    /// The gateway of another network leads nowhere.
+    #[error("network gateway {0} is not in the mesh or has no healthy endpoint")]
+    GatewayMissing(GatewayDestination),
     /// The workload behind the address has no address of its own.
     #[error("workload {0} has no address to connect to")]
     NoAddress(WorkloadUid),
@@ -31,6 +41,18 @@ pub enum Error {
         /// The service port that was dialled.
         port: u16,
     },
+    /// The workload is on another network that names no gateway.
+    #[error("workload {0} is on another network that names no gateway")]
+    NoGateway(WorkloadUid),
+    /// The workload is known by a host name that has no address.
+    #[error("host name {0:?} has no address")]
+    NoSuchName(Arc<str>),
+    /// The waypoint that must be passed leads nowhere; it is never gone past.
+    #[error("waypoint {0} is not in the mesh or has no healthy endpoint")]
+    NoWaypoint(GatewayDestination),
+    /// What was dialled is no service, and its waypoint is on another network.
+    #[error("waypoint {0} is on another network, where only services can be reached")]
+    OtherNetwork(WorkloadUid),
     /// The port belongs to the node proxy.
     #[error("port {0} is one of the node proxy's own")]
     OwnPort(u16),
@@ -42,9 +64,9 @@ pub enum Error {
         /// The port.
         port: u16,
     },
-    /// The route needs something that is not built yet; refused rather than bypassed.
-    #[error("the route needs {0}, which this node does not do yet")]
-    Unsupported(&'static str),
+    /// Behind a gateway anybody could answer for it.
+    #[error("{0} names no identity that its far end could prove")]
+    Unproven(String),
     /// The CONNECT asks for an address that is not this pod's.
     #[error("the authority {asked} is not the pod {pod} that was dialled")]
     WrongPod {
@@ -58,11 +80,16 @@ pub enum Error {
 impl ToReason for Error {
     fn to_reason(&self) -> Reason {
         match self {
-            Self::NoAddress(_) | Self::NoEndpoint { .. } | Self::UnknownHost { .. } => {
-                Reason::NoEndpoint
-            }
+            Self::GatewayMissing(_)
+            | Self::NoAddress(_)
+            | Self::NoEndpoint { .. }
+            | Self::NoGateway(_)
+            | Self::NoSuchName(_)
+            | Self::NoWaypoint(_)
+            | Self::OtherNetwork(_)
+            | Self::UnknownHost { .. }
+            | Self::Unproven(_) => Reason::NoEndpoint,
             Self::OwnPort(_) => Reason::ForbiddenPort,
-            Self::Unsupported(_) => Reason::Unsupported,
             Self::WrongPod { .. } => Reason::BadDestination,
         }
     }

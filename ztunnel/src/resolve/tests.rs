@@ -2,102 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 
 use crate::model::{
-    AppAddr, Health, HealthPolicy, LoadBalancer, LoadBalancerMode, Locality, NamespacedHostname,
-    NetworkMode, OrigDst, Protocol, RoutingScope, Service, UpstreamAddr, Visibility, Workload,
-    WorkloadUid,
+    AppAddr, Health, HealthPolicy, LoadBalancerMode, NetworkMode, OrigDst, Protocol, RoutingScope,
+    Visibility, WorkloadUid,
 };
-use crate::resolve::{Asked, Error, Hop, InboundQuery, Query, Route, Snapshot, deliver, route};
-
-fn workload(name: &str, ip: &str) -> Workload {
-    Workload {
-        uid: WorkloadUid(name.into()),
-        name: name.into(),
-        namespace: "shop".into(),
-        identity: Workload::identity_of("cluster.local", "shop", name).unwrap(),
-        ips: vec![ip.parse().unwrap()],
-        network: "".into(),
-        protocol: Protocol::Hbone,
-        network_mode: NetworkMode::Standard,
-        workload_name: "".into(),
-        workload_type: "".into(),
-        canonical_name: "".into(),
-        canonical_revision: "".into(),
-        hostname: "".into(),
-        node: "".into(),
-        cluster_id: "".into(),
-        waypoint: None,
-        network_gateway: None,
-        application_tunnel: None,
-        native_tunnel: false,
-        authorization_policies: Vec::new(),
-        health: Health::Healthy,
-        locality: Locality::default(),
-        capacity: 1,
-        services: BTreeMap::new(),
-    }
-}
-
-fn endpoint(name: &str, ip: &str, ports: &[(u16, u16)]) -> Workload {
-    let mut workload = workload(name, ip);
-    workload
-        .services
-        .insert(key("cart"), ports.iter().copied().collect());
-    workload
-}
-
-fn key(name: &str) -> NamespacedHostname {
-    format!("shop/{name}.shop").parse().unwrap()
-}
-
-fn service(name: &str, vip: &str, ports: &[(u16, u16)]) -> Service {
-    Service {
-        name: name.into(),
-        key: key(name),
-        vips: vec![vip.parse().unwrap()],
-        cidr_vips: Vec::new(),
-        ports: ports.iter().copied().collect(),
-        subject_alt_names: Vec::new(),
-        waypoint: None,
-        weighted_waypoints: Vec::new(),
-        load_balancer: LoadBalancer::default(),
-        ip_families: None,
-        canonical: false,
-        visibility: Visibility::Public,
-    }
-}
-
-fn snapshot(workloads: Vec<Workload>, services: Vec<Service>) -> Snapshot {
-    Snapshot::new(
-        "".into(),
-        workloads.into_iter().map(Arc::new),
-        services.into_iter().map(Arc::new),
-    )
-}
-
-fn dial(snapshot: &Snapshot, destination: &str) -> Result<Route, Error> {
-    dial_with(snapshot, destination, 0)
-}
-
-fn dial_with(snapshot: &Snapshot, destination: &str, dice: u64) -> Result<Route, Error> {
-    let source = workload("web", "10.0.0.1");
-    let query = Query {
-        source: &source,
-        destination: OrigDst::new(destination.parse().unwrap()),
-        dice,
-    };
-    route(snapshot, &query)
-}
-
-fn upstream(addr: &str) -> UpstreamAddr {
-    UpstreamAddr::new(addr.parse().unwrap())
-}
-
-fn addr(text: &str) -> SocketAddr {
-    text.parse().unwrap()
-}
+use crate::resolve::testing::{
+    addr, dial, dial_with, endpoint, service, snapshot, upstream, workload,
+};
+use crate::resolve::{Asked, Error, Hop, InboundQuery, Snapshot, deliver};
 
 #[test]
 fn unknown_addresses_pass_through_in_plain_tcp() {
@@ -196,32 +109,6 @@ fn a_passthrough_service_is_dialled_as_it_was_asked() {
     assert_eq!(
         (route.upstream, route.hop),
         (upstream("10.96.0.9:80"), Hop::Plain)
-    );
-}
-
-#[test]
-fn what_needs_a_waypoint_or_a_gateway_is_refused_and_never_bypassed() {
-    let waypoint = crate::model::GatewayAddress {
-        destination: crate::model::GatewayDestination::Hostname(key("waypoint")),
-        hbone_mtls_port: 15008,
-    };
-    let mut behind = workload("cart", "10.0.0.2");
-    behind.waypoint = Some(waypoint.clone());
-    let mut fronted = service("cart", "/10.96.0.1", &[(80, 8080)]);
-    fronted.waypoint = Some(waypoint);
-    let mesh = snapshot(vec![behind], vec![fronted]);
-    for destination in ["10.0.0.2:80", "10.96.0.1:80"] {
-        assert_eq!(
-            dial(&mesh, destination),
-            Err(Error::Unsupported("a waypoint"))
-        );
-    }
-    let mut far = endpoint("far", "10.0.0.4", &[]);
-    far.network = "other".into();
-    let mesh = snapshot(vec![far], vec![service("cart", "/10.96.0.1", &[(80, 80)])]);
-    assert_eq!(
-        dial(&mesh, "10.96.0.1:80"),
-        Err(Error::Unsupported("a network gateway"))
     );
 }
 

@@ -6,6 +6,7 @@ mod client;
 mod error;
 mod keepalive;
 mod load;
+mod nested;
 mod params;
 mod pipe;
 mod pool;
@@ -18,6 +19,7 @@ mod testing;
 
 pub use buffer::Queue;
 pub use error::Error;
+pub use nested::{Inside, open_inside};
 pub use params::Params;
 pub use pool::{Dial, Opened, Pool, Target};
 pub use relay::{Side, Written, relay};

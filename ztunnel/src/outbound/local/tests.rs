@@ -267,18 +267,21 @@ async fn a_connection_is_small() {
         let world = pod.cx.view.world();
         let query = resolve::Query {
             source: &source,
+            from: own_ip(),
             destination: OrigDst::new(SocketAddr::new(ip, 8080)),
+            avoid: &[],
             dice: 0,
         };
-        let route = resolve::route(&world.snapshot, &query).unwrap();
+        let resolve::Found::Route(route) = resolve::route(&world.snapshot, &query).unwrap() else {
+            panic!("it has an address");
+        };
         let way = Way {
             cx: &pod.cx,
             ledger: &ledger,
             source: Arc::clone(&source),
             route,
         };
-        let expected = [identity::testing::id("cart")];
-        let near = way.neighbour(SocketAddr::new(ip, 8080), &expected).unwrap();
+        let near = way.neighbour().unwrap();
         let (stream, _) = crate::testing::pair().await;
         let client = ClientAddr::new(SocketAddr::new(own_ip(), 40_000));
         let trace = Traceparent::new(1, 1);
