@@ -30,7 +30,9 @@ fn resolve_in_a_large_mesh(criterion: &mut Criterion) {
     ] {
         let query = Query {
             source: &source,
+            from: mesh::ip(0),
             destination: OrigDst::new(destination),
+            avoid: &[],
             dice: 7,
         };
         criterion.bench_function(&format!("resolve/100k/{name}"), |bencher| {

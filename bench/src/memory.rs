@@ -1,5 +1,5 @@
 //! Memory of the processes: at rest, with many idle connections, and a while after those are closed. Takes fresh
-//! worlds, one per contender; gives numbers in the order of [`MEMORY`]; the waiting is done once for all of them.
+//! worlds, one per contender; gives numbers in the order of `MEMORY`; the waiting is done once for all of them.
 
 use std::{env, process::Command, thread, time::Duration};
 

@@ -13,7 +13,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use ztunnel_tests::{
     apps::{self, Server},
     load::{Load, Outcome},

@@ -359,7 +359,7 @@ fn a_request_is_small() {
         size_of::<F>()
     }
     let bytes = bytes(request_to_end);
-    assert!(bytes <= 3072, "{bytes} bytes");
+    assert!(bytes <= 4096, "{bytes} bytes");
 }
 
 /// Behaviours 80, 82, 88 and 89.

@@ -105,7 +105,7 @@ async fn a_connection_is_small() {
         let at = SocketAddr::new(own_ip(), 8080);
         let (_app, captured) = pod.captured(at, 15006).await;
         let bytes = size_of_val(&serve(captured, &pod.cx));
-        assert!(bytes <= 3072, "{bytes} bytes");
+        assert!(bytes <= 4096, "{bytes} bytes");
     })
     .await;
 }
