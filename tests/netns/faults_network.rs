@@ -1,5 +1,4 @@
-//! What the network and the numbers do to a mesh: the link between the nodes goes dark and comes back,
-//! the state is replaced ten times a second, thousands of connections come at once.
+//! What numbers do to a mesh: the state is replaced ten times a second, thousands of connections come at once.
 
 use std::{
     io::{Read as _, Write as _},
@@ -19,118 +18,16 @@ use ztunnel_tests::{
     meshfile::{self, MeshFile},
     netns::Netns,
     process::output,
-    topology::{Builder, LINK, Topology},
+    topology::{Builder, Topology},
 };
 
-use crate::mesh::{Before, Mesh, PATIENCE, assert_alive, assert_echo, resident_bytes, wait_fate};
+use crate::mesh::{Before, Mesh, PATIENCE, assert_alive, assert_echo, resident_bytes};
 
 fn pods() -> Builder {
     Topology::builder()
         .pod("client", "a")
         .pod("near", "a")
         .pod("server", "b")
-}
-
-/// Lets nothing through between the nodes until it is dropped.
-struct Dark<'a>(&'a Netns);
-
-impl<'a> Dark<'a> {
-    fn on(node: &'a Netns) -> Result<Self> {
-        shape(node, "add", "netem loss 100%").or_else(|_| filter(node, true))?;
-        Ok(Self(node))
-    }
-}
-
-impl Drop for Dark<'_> {
-    fn drop(&mut self) {
-        drop(shape(self.0, "del", "").or_else(|_| filter(self.0, false)));
-    }
-}
-
-fn shape(node: &Netns, verb: &str, how: &str) -> Result<()> {
-    let mut args = vec!["qdisc", verb, "dev", LINK, "root"];
-    args.extend(how.split_whitespace());
-    output(Some(node), "tc", &args, "").map(drop)
-}
-
-/// Where the kernel has no `netem`.
-fn filter(node: &Netns, on: bool) -> Result<()> {
-    let rules = format!(
-        "add table netdev dark; add chain netdev dark out {{ type filter hook egress device {LINK} \
-         priority 0; policy drop; }}\n"
-    );
-    let rules = if on {
-        rules
-    } else {
-        "delete table netdev dark\n".to_owned()
-    };
-    output(Some(node), "nft", &["-f", "-"], &rules).map(drop)
-}
-
-// An open connection outlives a short darkness; in a long one its tunnel is found dead by its pings, new
-// connections end with their reason, and all is well when the light comes back.
-#[test]
-fn a_dark_network_is_survived_when_short_and_named_when_long() -> Result<()> {
-    let mesh = Mesh::start(pods(), MeshFile::of)?;
-    let (client, near, server) = (mesh.pod("client")?, mesh.pod("near")?, mesh.pod("server")?);
-    let _app = Server::start(&server.netns, 9000, apps::echo)?;
-    let _near_app = Server::start(&near.netns, 9000, apps::echo)?;
-    let mut far = apps::dial(&client.netns, server.at(9000))?;
-    assert_alive(&mut far)?;
-    let mut beside = apps::dial(&client.netns, near.at(9000))?;
-    assert_alive(&mut beside)?;
-    let node = &mesh.net("a")?.netns;
-
-    let dark = Dark::on(node)?;
-    far.write_all(b"in the dark")?;
-    assert_alive(&mut beside).context("what does not leave the node")?;
-    thread::sleep(Duration::from_secs(2));
-    drop(dark);
-    let mut back = [0; 11];
-    far.set_read_timeout(Some(PATIENCE))?;
-    far.read_exact(&mut back)?;
-    ensure!(&back == b"in the dark");
-
-    let mark = mesh.a.log().mark();
-    let before = Before::of(&mesh.a)?;
-    let dark = Dark::on(node)?;
-    let began = Instant::now();
-    let (end, _) = apps::read_end(&far, Duration::from_secs(75))?;
-    let took = began.elapsed();
-    ensure!(end == apps::End::Reset, "{end:?}");
-    ensure!(
-        took > Duration::from_secs(15) && took < Duration::from_secs(70),
-        "a dead tunnel was found after {took:?}"
-    );
-    mesh.a.wait_access(
-        mark,
-        &[("reason", "tunnel_lost"), ("direction", "outbound")],
-    )?;
-    // A new tunnel: its connect gets no answer.
-    let began = Instant::now();
-    let app = apps::dial(&client.netns, server.at(9000))?;
-    let (end, _) = apps::read_end(&app, Duration::from_secs(30))?;
-    ensure!(end == apps::End::Reset, "{end:?}");
-    ensure!(
-        began.elapsed() < Duration::from_secs(15),
-        "{:?}",
-        began.elapsed()
-    );
-    mesh.a.wait_access(mark, &[("reason", "network_policy")])?;
-    before.wait_gain(
-        "ztunnel_connections_total",
-        &[("reason", "network_policy")],
-        1.0,
-    )?;
-    assert_alive(&mut beside).context("what does not leave the node")?;
-    drop(dark);
-    wait_fate(
-        &client.netns,
-        server.at(9000),
-        "the network to be back",
-        |heard| heard.answered(),
-    )?;
-    Ok(())
 }
 
 #[test]
@@ -225,13 +122,14 @@ fn thousands_of_connections_at_once_are_all_served() -> Result<()> {
     }
     assert_echo(&near.netns, server.at(9000))?;
     drop(streams);
+    // It keeps its ends open, and a connection that is half closed is open.
+    drop(crowd);
     before.wait_gain(
         "ztunnel_connections_open",
         &[("direction", "outbound")],
         0.0,
     )?;
     assert_alive(&mut other)?;
-    drop(crowd);
     Ok(())
 }
 
@@ -285,4 +183,4 @@ impl Drop for Crowd {
 }
 
 /// As many as the usual limit of descriptors lets one process have both ends of.
-const COUNT: usize = 9_500;
+const COUNT: usize = 4_000;
