@@ -117,7 +117,7 @@ impl Accounts {
 
     /// Forgets the label sets of workloads that do not exist any more, so that the page does not grow
     /// with every workload that ever was. Called from time to time: a set goes when it had no
-    /// connection for [`RESTS`] calls, so that every scraper has seen its last values; if it ever
+    /// connection for `RESTS` calls, so that every scraper has seen its last values; if it ever
     /// comes back it begins at 0, like the counters of a process that was started again. `exists`
     /// is asked for a namespace and the name of a workload.
     pub fn forget(&self, exists: impl Fn(&str, &str) -> bool) {

@@ -38,7 +38,7 @@ pub struct Explanation {
     pub outcome: Result<Found, Error>,
 }
 
-/// Decides as [`super::route`] does for this query, and says why.
+/// Decides as [`super::route()`] does for this query, and says why.
 #[must_use]
 pub fn explain(snapshot: &Snapshot, query: &Query<'_>) -> Explanation {
     let mut steps = Vec::new();
