@@ -4,6 +4,7 @@
 use std::{
     fmt,
     fs::File,
+    io::ErrorKind,
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::MetadataExt as _,
     panic::resume_unwind,
@@ -14,6 +15,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::sched::{CloneFlags, setns};
+
+use crate::wait;
 
 /// The name of a namespace that `ip netns` knows.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,10 +69,17 @@ impl Netns {
             .with_context(|| format!("connect to {to} in netns {}", self.0))
     }
 
-    /// Listens inside the namespace.
+    /// Listens inside the namespace. A listener that was just closed may live on for a moment in
+    /// a program that another test is starting: between fork and exec it holds what we hold.
     pub fn listen(&self, at: SocketAddr) -> Result<TcpListener> {
-        self.within(|| Ok(TcpListener::bind(at)?))
-            .with_context(|| format!("listen on {at} in netns {}", self.0))
+        wait::until("the address to be free", FREED, || {
+            match self.within(|| Ok(TcpListener::bind(at))) {
+                Ok(Err(e)) if e.kind() == ErrorKind::AddrInUse => None,
+                other => Some(other.and_then(|bound| Ok(bound?))),
+            }
+        })
+        .and_then(|listening| listening)
+        .with_context(|| format!("listen on {at} in netns {}", self.0))
     }
 
     /// Writes a setting under `/proc/sys/net`, which shows the namespace of the writing thread.
@@ -87,3 +97,6 @@ impl fmt::Display for Netns {
 
 /// Where `ip netns` keeps its names.
 pub const RUN_NETNS: &str = "/run/netns";
+
+/// For how long a listener that was closed may still be there.
+const FREED: Duration = Duration::from_secs(5);
