@@ -14,6 +14,7 @@ use ztunnel_tests::{
     apps::{self, End},
     inspect, meshfile,
     programs::curl,
+    topology::Pod,
     wait,
     wire::{Segment, Sniffer},
     ztunnel::{HBONE, Node},
@@ -254,8 +255,8 @@ pub(super) fn who(teller: &mut Teller, world: &mut World) -> Result<()> {
     let (client, nginx) = (world.pod("client")?.clone(), world.pod("nginx")?.clone());
     let marks = (world.a()?.log().mark(), world.b()?.log().mark());
     curl(&client.netns, nginx.at(world::HTTP), "/who", &[])?;
-    let out = access(world.a()?, marks.0, "outbound", &nginx.name)?;
-    let into = access(world.b()?, marks.1, "inbound", &nginx.name)?;
+    let out = access(world.a()?, marks.0, "outbound", &client, &nginx)?;
+    let into = access(world.b()?, marks.1, "inbound", &client, &nginx)?;
     for (node, line) in [("a", &out), ("b", &into)] {
         for (end, pod) in [("src", &client), ("dst", &nginx)] {
             let expected = format!("…/ns/{}/sa/{}", pod.namespace, pod.service_account);
@@ -325,7 +326,7 @@ pub(super) fn policy(teller: &mut Teller, world: &mut World) -> Result<()> {
         let (heard, took) = apps::knock(&stranger.netns, nginx.at(world::HTTP), GET, PATIENCE)?;
         Ok((format!("{heard}, {}", time(took)), !heard.answered()))
     });
-    let refusal = access(world.b()?, mark, "inbound", &nginx.name);
+    let refusal = access(world.b()?, mark, "inbound", &stranger, &nginx);
     teller.measure(
         "the reason on node b's access line",
         "policy_denied",
@@ -373,10 +374,16 @@ fn plaintext_from_node(world: &World) -> Result<(apps::Heard, Duration)> {
     apps::knock(node, nginx.at(world::HTTP), GET, PATIENCE)
 }
 
-fn access(node: &Node, mark: usize, direction: &str, destination: &str) -> Result<Line> {
+/// The line of a connection that ended since `mark`. That of an earlier one may come late: whose it
+/// is has to be said.
+fn access(node: &Node, mark: usize, direction: &str, from: &Pod, to: &Pod) -> Result<Line> {
     node.wait_access(
         mark,
-        &[("direction", direction), ("dst.workload", destination)],
+        &[
+            ("direction", direction),
+            ("src.workload", &from.name),
+            ("dst.workload", &to.name),
+        ],
     )
     .map_err(|error| anyhow::anyhow!(one_line(&error)))
 }
