@@ -218,12 +218,22 @@ fn before_the_answer() -> [(&'static str, &'static str, Deed); 6] {
 }
 
 /// The CONNECT was heard.
-fn with_the_answer() -> [(&'static str, &'static str, Deed); 5] {
+fn with_the_answer() -> [(&'static str, &'static str, Deed); 6] {
     [
+        ("a reset of the stream", "tunnel_lost", |l, tcp| {
+            let mut peer = l.http2(tcp, &[])?;
+            let asked = peer.wait(peer::HEADERS)?;
+            peer.reset(asked.stream, CANCEL)?;
+            // A reset of the connection would take from its reader what it has not read yet.
+            peer.frame(peer::PING, 0, 0, &[0; 8])?;
+            peer.wait(peer::PING)?;
+            peer.abort()
+        }),
         ("refused", "peer_refused", |l, tcp| {
             let mut peer = l.http2(tcp, &[])?;
             let asked = peer.wait(peer::HEADERS)?;
             peer.answer(asked.stream, "503")?;
+            peer.wait(peer::RST_STREAM)?;
             peer.abort()
         }),
         ("an answer that is no number", "tunnel_lost", |l, tcp| {
