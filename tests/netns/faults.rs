@@ -4,6 +4,10 @@
 use std::{
     io::{Read as _, Write as _},
     net::{Shutdown, TcpStream},
+    sync::{
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{self, TryRecvError},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -15,6 +19,7 @@ use ztunnel_tests::{
     meshfile::MeshFile,
     peer::{self, Identity, Listener},
     topology::{Pod, Topology},
+    wait,
     ztunnel::{HBONE, Settings},
 };
 
@@ -64,8 +69,7 @@ fn visit(mesh: &Mesh, to: &Pod, reason: &str) -> Result<Fate> {
     let mark = mesh.a.log().mark();
     let began = Instant::now();
     let mut app = apps::dial(&mesh.pod("client")?.netns, to.at(9000))?;
-    app.write_all(b"is anybody there?")?;
-    let (end, bytes) = apps::read_end(&app, Duration::from_secs(45))?;
+    let (end, bytes) = apps::say(&mut app, b"is anybody there?", Duration::from_secs(45))?;
     let took = began.elapsed();
     ensure!(bytes.is_empty(), "{} answered {bytes:?}", to.name);
     let to_it = to.at(9000).to_string();
@@ -337,27 +341,25 @@ fn a_peer_that_never_takes_a_byte_costs_what_its_buffers_hold() -> Result<()> {
     assert_alive(&mut other)?;
     let base = resident_bytes(mesh.a.pid())?;
     let streams = 8;
+    let listener = &listener.patience(Duration::from_millis(100));
+    let asked = &AtomicUsize::new(0);
     thread::scope(|scope| -> Result<()> {
-        let (done, wait) = std::sync::mpsc::channel::<()>();
-        let peer = scope.spawn(move || -> Result<()> {
-            // One tunnel for each worker that gets a connection.
-            let mut peers = Vec::new();
-            let mut asked = 0;
-            while asked < streams {
-                let mut peer = listener.accept(&[(peer::INITIAL_WINDOW_SIZE, 0)])?;
-                peer.tcp().set_read_timeout(Some(Duration::from_secs(2)))?;
-                while let Ok(headers) = peer.wait(peer::HEADERS) {
-                    peer.answer(headers.stream, "200")?;
-                    asked += 1;
-                    if asked == streams {
-                        break;
+        let (done, wait) = mpsc::channel::<()>();
+        // A tunnel for each worker that gets a connection; all of them are heard at any time.
+        let peer = scope.spawn(move || {
+            thread::scope(|tunnels| -> Result<()> {
+                let mut open = Vec::new();
+                while wait.try_recv() == Err(TryRecvError::Empty) {
+                    if let Ok(tcp) = listener.accept_tcp() {
+                        open.push(tcp.try_clone()?);
+                        tunnels.spawn(|| answer_without_window(listener, tcp, asked));
                     }
                 }
-                peers.push(peer);
-            }
-            // An error is the word: nobody will ever send.
-            ensure!(wait.recv().is_err());
-            Ok(())
+                for tcp in open {
+                    tcp.shutdown(Shutdown::Both)?;
+                }
+                Ok(())
+            })
         });
         let mut apps = Vec::new();
         for _ in 0..streams {
@@ -367,6 +369,9 @@ fn a_peer_that_never_takes_a_byte_costs_what_its_buffers_hold() -> Result<()> {
             while app.write(&[7; 1 << 16]).is_ok() {}
             apps.push(app);
         }
+        wait::until("all to be asked for", PATIENCE, || {
+            (asked.load(Ordering::Relaxed) == streams).then_some(())
+        })?;
         for _ in 0..10 {
             assert_echo(&client.netns, server.at(9000))?;
             assert_alive(&mut other)?;
@@ -382,6 +387,16 @@ fn a_peer_that_never_takes_a_byte_costs_what_its_buffers_hold() -> Result<()> {
         Ok(())
     })?;
     assert_alive(&mut other)
+}
+
+/// Serves a tunnel on which nothing may be sent, until it ends.
+fn answer_without_window(listener: &Listener, tcp: TcpStream, asked: &AtomicUsize) -> Result<()> {
+    let mut peer = listener.http2(tcp, &[(peer::INITIAL_WINDOW_SIZE, 0)])?;
+    while let Ok(headers) = peer.wait(peer::HEADERS) {
+        peer.answer(headers.stream, "200")?;
+        asked.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
 }
 
 // An application that gives up while its connection is still being made takes that back.

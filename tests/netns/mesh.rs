@@ -25,6 +25,10 @@ use ztunnel_tests::{
 
 /// For whatever should happen at once, on a machine that does much else.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// For how long counters that do not change are taken for final.
+const REST: Duration = Duration::from_millis(100);
+/// How long they are waited for at most.
+const RESTLESS: Duration = Duration::from_secs(3);
 /// How long something is watched that must not happen.
 pub(crate) const WATCH: Duration = Duration::from_millis(500);
 
@@ -112,11 +116,26 @@ pub(crate) struct Before<'a> {
 }
 
 impl<'a> Before<'a> {
+    /// What an application saw end is counted a moment later: the moment begins when the counters
+    /// of connections rest. Where traffic never rests, they are taken as they are.
     pub(crate) fn of(node: &'a Node) -> Result<Self> {
-        Ok(Self {
-            node,
-            metrics: node.metrics()?,
-        })
+        let counted = |metrics: &Metrics| {
+            [
+                metrics.sum("ztunnel_connections_total", &[]),
+                metrics.sum("ztunnel_connections_open", &[]),
+            ]
+        };
+        let mut metrics = node.metrics()?;
+        let mut since = Instant::now();
+        drop(wait::until("the counters to rest", RESTLESS, || {
+            let now = node.metrics().ok()?;
+            if counted(&now) != counted(&metrics) {
+                since = Instant::now();
+            }
+            metrics = now;
+            (since.elapsed() >= REST).then_some(())
+        }));
+        Ok(Self { node, metrics })
     }
 
     /// How much these samples have grown.

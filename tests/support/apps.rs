@@ -343,23 +343,39 @@ pub fn knock(
         Err(error) => Heard::NotConnected(error.kind()),
         Ok(mut stream) => {
             stream.set_write_timeout(Some(patience))?;
-            // Whoever refuses may have done so already. Reading tells how, unless writing was told
-            // of the reset: the kernel says it once, and then it looks like a clean end.
-            let reset = stream.write_all(request).is_err_and(|error| {
-                matches!(
-                    error.kind(),
-                    ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
-                )
-            });
+            let reset = is_reset(stream.write_all(request));
             drop(stream.shutdown(Shutdown::Write));
-            match read_end(&stream, patience)? {
-                (End::Fin, bytes) if bytes.is_empty() && reset => Heard::Nothing(End::Reset),
+            match end_after(reset, &stream, patience)? {
                 (end, bytes) if bytes.is_empty() => Heard::Nothing(end),
                 (_, bytes) => Heard::Answer(bytes),
             }
         }
     };
     Ok((heard, started.elapsed()))
+}
+
+/// Sends `words` to somebody who may have refused already, and reads until the connection ends, at
+/// most for `patience`.
+pub fn say(stream: &mut TcpStream, words: &[u8], patience: Duration) -> Result<(End, Vec<u8>)> {
+    let reset = is_reset(stream.write_all(words));
+    end_after(reset, stream, patience)
+}
+
+fn is_reset(written: io::Result<()>) -> bool {
+    written.is_err_and(|error| {
+        matches!(
+            error.kind(),
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
+        )
+    })
+}
+
+/// The kernel tells of a reset once. If writing was told, reading sees what looks like a clean end.
+fn end_after(reset: bool, stream: &TcpStream, patience: Duration) -> Result<(End, Vec<u8>)> {
+    Ok(match read_end(stream, patience)? {
+        (End::Fin, bytes) if bytes.is_empty() && reset => (End::Reset, bytes),
+        other => other,
+    })
 }
 
 /// How a connection came to its end, as one side saw it.

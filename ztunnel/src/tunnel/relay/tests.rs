@@ -514,7 +514,7 @@ async fn a_busy_connection_does_not_outrun_an_order() {
             stopped.await.unwrap(),
             Err(Error::Revoked(Reason::UnknownWorkload))
         ));
-        assert!(start.elapsed() < Duration::from_millis(500));
+        assert!(start.elapsed() < Duration::from_secs(5));
         pump.join().unwrap();
     })
     .await;
