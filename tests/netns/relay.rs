@@ -11,7 +11,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{setsockopt, sockopt},
+};
 use socket2::{Domain, Socket, Type};
 use ztunnel_tests::{
     apps::{self, End, Server},
@@ -198,6 +201,41 @@ fn a_reset_arrives_as_a_reset_in_both_directions() -> Result<()> {
                 .wait_access(mark_b, &[("reason", "reset"), ("direction", "inbound")])?;
         }
         assert_alive(&mut other).context("another stream of the same tunnel")?;
+    }
+    Ok(())
+}
+
+// What a kernel answers for a socket that is gone is routed anew: it must find the way back to us.
+#[test]
+fn an_application_that_vanishes_without_a_word_is_answered_for_inside_its_pod() -> Result<()> {
+    let mesh = Mesh::start(pods(), MeshFile::of)?;
+    let (client, server) = (mesh.pod("client")?, mesh.pod("server")?);
+    let (go, gate) = mpsc::channel();
+    let (tell, told) = mpsc::channel();
+    let both = Mutex::new((gate, tell));
+    let _speaks = Server::start(&server.netns, 9000, move |mut stream| {
+        stream.read_exact(&mut [0])?;
+        let both = both.lock().unwrap_or_else(PoisonError::into_inner);
+        both.0.recv_timeout(PATIENCE).map_err(io::Error::other)?;
+        stream.write_all(b"are you there?")?;
+        let end = stream.read(&mut [0]).map_err(|e| e.kind());
+        both.1.send(end).map_err(io::Error::other)
+    })?;
+    let sniffer = mesh.sniffer()?;
+    for to in [server.at(9000), server.at6(9000)] {
+        let mut app = apps::dial(&client.netns, to)?;
+        app.write_all(b"x")?;
+        // A socket under repair is closed without a packet.
+        setsockopt(&app, sockopt::TcpRepair, &1)?;
+        drop(app);
+        go.send(())?;
+        let end = told.recv_timeout(PATIENCE)?;
+        assert_eq!(end, Err(ErrorKind::ConnectionReset), "{to}");
+        let seen = sniffer.seen()?;
+        let other = seen
+            .segments()
+            .find(|s| s.src.port() != HBONE && s.dst.port() != HBONE);
+        assert!(other.is_none(), "{to}: on the link: {other:?}");
     }
     Ok(())
 }

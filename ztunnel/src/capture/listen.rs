@@ -8,7 +8,7 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Error, Netns, netns};
+use super::{Error, Netns, netns, route};
 
 /// One worker's listeners in one pod, nonblocking. An accepted socket's local address is the one that
 /// the peer dialled.
@@ -88,6 +88,9 @@ fn bound(kind: &Kind, port: u16) -> io::Result<Socket> {
             socket.set_ip_transparent_v4(true)?;
         }
         socket.bind_device_by_index_v4(Some(netns::LOOPBACK))?;
+        // What the kernel answers for an application's socket that is gone finds its way to us by
+        // the mark of what we sent; by its addresses it would leave the pod. PROTOCOL.md#reply-mark
+        socket.set_mark(route::REPLY_MARK)?;
     }
     socket.bind(&any.into())?;
     Ok(socket)
