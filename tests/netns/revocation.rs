@@ -195,10 +195,12 @@ fn a_workload_that_vanishes_or_is_somebody_else_now_loses_its_open_connections()
         assert_eq!(line.get("src.workload"), Some("client"), "{line:?}");
         before.wait_gain("ztunnel_connections_total", &ended, 2.0)?;
         assert_alive(&mut other).context("another pod of the node")?;
-        mesh.a.replace_file(&file)?;
-        let back = |line: &str| line.contains("state applied").then_some(());
+        let applied = |line: &str| line.contains("state applied").then_some(());
         let log = mesh.a.log();
-        log.wait_since(mark, "the change", PATIENCE, back)?;
+        log.wait_since(mark, "the change", PATIENCE, applied)?;
+        let mark = log.mark();
+        mesh.a.replace_file(&file)?;
+        log.wait_since(mark, "the change back", PATIENCE, applied)?;
         crate::mesh::wait_fate(
             &client.netns,
             server.at(9000),
