@@ -15,6 +15,18 @@ use ztunnel::logging;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
+/// A burst must not stay resident: one thread of the allocator gives pages back after a second.
+/// One arena is enough for a few workers, each of which has its own cache in front of it.
+#[expect(
+    unsafe_code,
+    reason = "the name under which the allocator looks for its settings"
+)]
+#[unsafe(export_name = "_rjem_malloc_conf")]
+static ALLOCATOR_SETTINGS: Option<&'static [u8; 105]> = Some(
+    b"narenas:2,background_thread:true,max_background_threads:1,\
+      dirty_decay_ms:1000,muzzy_decay_ms:0,thp:never\0",
+);
+
 /// The node proxy of an ambient mesh: captures the pods' TCP by eBPF, carries it over HBONE and
 /// enforces L4 authorization. Settings come from the environment; see deploy/README.md.
 #[derive(Debug, Parser)]
