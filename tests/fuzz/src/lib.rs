@@ -7,5 +7,6 @@
 pub mod control;
 #[path = "../../../ztunnel/src/model/mod.rs"]
 pub mod model;
+pub mod tls;
 #[path = "../../../ztunnel/src/wire/mod.rs"]
 pub mod wire;

@@ -184,6 +184,8 @@ fn server_config(
     config.alpn_protocols = vec![ALPN.to_vec()];
     // No client of ours resumes, so tickets would be work for nothing.
     config.send_tls13_tickets = 0;
+    // The tunnel seals and opens the records itself, with the library's ciphers.
+    config.enable_secret_extraction = true;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     Ok(config)
 }
@@ -204,6 +206,7 @@ fn client_config(
         .with_client_auth_cert(issued.chain.clone(), issued.key.clone_key())?;
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = Resumption::disabled();
+    config.enable_secret_extraction = true;
     config.enable_sni = false;
     Ok(config)
 }

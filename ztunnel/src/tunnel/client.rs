@@ -15,22 +15,22 @@ use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
 use super::error::Error;
-use super::keepalive::{Keepalive, Life, Watched};
+use super::keepalive::Keepalive;
 use super::params::Params;
 use super::pool::{Dial, Open, Registered, Target, Tunnel};
+use super::tls::{self, Flush, Tls};
 use crate::drain;
 use crate::identity::{self, peer_identities};
 
-type Http2<T> = Connection<Watched<TlsStream<T>>, Bytes>;
+type Http2<T> = Connection<Tls<T>, Bytes>;
 
 /// A tunnel whose handshakes are done on our side.
 pub(super) struct Connected<T> {
     open: Open,
     connection: Http2<T>,
+    flush: Flush<T>,
     keepalive: Keepalive,
     /// Until one of the two certificates expires.
     valid: Duration,
@@ -67,29 +67,29 @@ pub(super) async fn connect<D: Dial>(
     // A name is needed to start; it is neither sent nor checked.
     // PROTOCOL.md#tls
     let name = ServerName::from(std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-    let tls = TlsConnector::from(config).connect(name, io);
-    let Ok(tls) = timeout(params.tls_timeout, tls).await else {
+    let greeting = tls::connect(config, name, io);
+    let Ok(greeted) = timeout(params.tls_timeout, greeting).await else {
         return Err(Error::TlsTimedOut(params.tls_timeout));
     };
-    let tls = tls.map_err(|e| Error::Tls(Arc::new(e)))?;
-    let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
-    let valid = credentials.valid_with(chain);
-    let proven = peer_identities(chain);
+    let tls::Greeted { session, chain } = greeted.map_err(|e| Error::Tls(Arc::new(e)))?;
+    let valid = credentials.valid_with(&chain);
+    let proven = peer_identities(&chain);
     let peer = proven.into_iter().find(|id| target.expected.contains(id));
     let Some(peer) = peer else {
         // Verification has seen it; whoever changes that finds the door closed.
         return Err(Error::Tls(Arc::new(io::ErrorKind::PermissionDenied.into())));
     };
-    let life = Life::default();
-    let io = Watched::new(tls, life.clone());
-    let Ok(greeted) = timeout(params.h2_timeout, builder(params).handshake(io)).await else {
+    let (tls, flush) = session.split();
+    let greeting = flush.run(builder(params).handshake(tls));
+    let Ok(greeted) = timeout(params.h2_timeout, greeting).await else {
         return Err(Error::H2TimedOut(params.h2_timeout));
     };
     let (sender, mut connection) = greeted.map_err(ended)?;
-    let keepalive = Keepalive::new(connection.ping_pong(), life, params);
+    let keepalive = Keepalive::new(connection.ping_pong(), flush.reads(), params);
     Ok(Connected {
         open: Open { sender, peer },
         connection,
+        flush,
         keepalive,
         valid,
     })
@@ -114,6 +114,7 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
     let Connected {
         open,
         mut connection,
+        flush,
         mut keepalive,
         valid,
     } = match connected {
@@ -125,7 +126,7 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
     let end = tokio::select! {
         biased;
         reason = drain.forced() => Err(Error::Drained(reason)),
-        end = exchange(&mut connection, registered, params) => end,
+        end = exchange(&mut connection, &flush, registered, params) => end,
         () = poll_fn(|cx| keepalive.poll(cx)) => Err(Error::Unanswered(params.ping_timeout)),
         () = release(tunnel, params, &mut orders) => Ok(()),
         never = expire(tunnel, valid) => match never {},
@@ -141,7 +142,7 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
     tokio::select! {
         biased;
         _ = drain.forced() => {}
-        end = &mut connection => tracing::trace!(?end, "tunnel closed"),
+        end = flush.run(&mut connection) => tracing::trace!(?end, "tunnel closed"),
         () = poll_fn(|cx| keepalive.poll(cx)) => {}
     }
 }
@@ -149,11 +150,12 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
 /// Moves frames until the connection ends, and notices what the peer tells about itself.
 async fn exchange<T: AsyncRead + AsyncWrite + Unpin>(
     connection: &mut Http2<T>,
+    flush: &Flush<T>,
     registered: &Registered,
     params: &Params,
 ) -> Result<(), Error> {
     let settled = poll_fn(|cx| {
-        let end = std::pin::Pin::new(&mut *connection).poll(cx);
+        let end = flush.after(cx, |cx| std::pin::Pin::new(&mut *connection).poll(cx));
         match (connection.max_concurrent_send_streams(), end) {
             (_, Poll::Ready(Ok(()))) => Poll::Ready(Err(Error::TunnelLost(None))),
             (_, Poll::Ready(Err(e))) => Poll::Ready(Err(ended(e))),
@@ -168,7 +170,7 @@ async fn exchange<T: AsyncRead + AsyncWrite + Unpin>(
         0 => return Err(Error::NoStreams(registered.target.upstream)),
         told => registered.settle(told),
     }
-    connection.await.map_err(ended)
+    flush.run(connection).await.map_err(ended)
 }
 
 /// Sends new streams elsewhere when a certificate has expired, as after a goodbye from the peer.

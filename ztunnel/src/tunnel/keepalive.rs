@@ -2,86 +2,22 @@
 //! what was read, gives the moment when hope is lost; never ends a tunnel that still speaks.
 
 use std::cell::Cell;
-use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use h2::{Ping, PingPong};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::params::Params;
-
-/// Counts reads that brought something.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Life(Rc<Cell<u64>>);
-
-/// A transport whose reads are signs of life.
-#[derive(Debug)]
-pub(super) struct Watched<T> {
-    io: T,
-    life: Life,
-}
-
-impl<T> Watched<T> {
-    pub(super) const fn new(io: T, life: Life) -> Self {
-        Self { io, life }
-    }
-}
-
-impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
-        if buf.filled().len() > before {
-            this.life.0.set(this.life.0.get().wrapping_add(1));
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().io).poll_write(cx, buf)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-}
 
 /// Sends pings and waits for what comes back.
 // PROTOCOL.md#h2-ping
 pub(super) struct Keepalive {
     pings: Option<PingPong>,
-    life: Life,
+    /// Counts reads that brought something.
+    life: Rc<Cell<u64>>,
     timer: Pin<Box<Sleep>>,
     state: State,
     interval: Duration,
@@ -96,7 +32,7 @@ enum State {
 }
 
 impl Keepalive {
-    pub(super) fn new(pings: Option<PingPong>, life: Life, params: &Params) -> Self {
+    pub(super) fn new(pings: Option<PingPong>, life: Rc<Cell<u64>>, params: &Params) -> Self {
         Self {
             pings,
             life,
@@ -122,7 +58,7 @@ impl Keepalive {
                     }
                     let since = Instant::now();
                     self.timer.as_mut().reset(since + self.timeout);
-                    let life = self.life.0.get();
+                    let life = self.life.get();
                     self.state = State::Waiting { since, life };
                 }
                 State::Waiting { since, life } => {
@@ -137,7 +73,7 @@ impl Keepalive {
                         continue;
                     }
                     ready!(self.timer.as_mut().poll(cx));
-                    let now = self.life.0.get();
+                    let now = self.life.get();
                     if now == life {
                         return Poll::Ready(());
                     }

@@ -16,6 +16,7 @@ mod stream;
 mod tcp;
 #[cfg(test)]
 mod testing;
+mod tls;
 
 pub use buffer::Queue;
 pub use error::Error;

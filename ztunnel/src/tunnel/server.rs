@@ -13,13 +13,12 @@ use h2::server::{Connection, SendResponse};
 use http::{Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 use super::error::Error;
-use super::keepalive::{Keepalive, Life, Watched};
+use super::keepalive::Keepalive;
 use super::params::Params;
 use super::stream::H2Stream;
+use super::tls::{self, Flush, Session, Tls};
 use crate::drain;
 use crate::identity::{Credentials, peer_identity};
 use crate::model::SpiffeId;
@@ -28,7 +27,7 @@ use crate::model::SpiffeId;
 pub struct Accepted<T> {
     /// Who is at the other end; mutual TLS proved it.
     pub peer: SpiffeId,
-    io: TlsStream<T>,
+    session: Session<T>,
     /// Until one of the two certificates expires.
     valid: Duration,
 }
@@ -50,18 +49,21 @@ pub async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
     credentials: &Credentials,
     params: &Params,
 ) -> Result<Accepted<T>, Error> {
-    let accept = TlsAcceptor::from(credentials.server_config()).accept(io);
-    let Ok(io) = timeout(params.tls_timeout, accept).await else {
+    let greeting = tls::accept(credentials.server_config(), io);
+    let Ok(greeted) = timeout(params.tls_timeout, greeting).await else {
         return Err(Error::TlsTimedOut(params.tls_timeout));
     };
-    let io = io.map_err(|e| Error::Tls(Arc::new(e)))?;
-    let chain = io.get_ref().1.peer_certificates().unwrap_or_default();
-    let Some(peer) = peer_identity(chain, credentials.id().trust_domain()) else {
+    let tls::Greeted { session, chain } = greeted.map_err(|e| Error::Tls(Arc::new(e)))?;
+    let Some(peer) = peer_identity(&chain, credentials.id().trust_domain()) else {
         // Verification has seen one; whoever changes that finds the door closed.
         return Err(Error::Tls(Arc::new(io::ErrorKind::PermissionDenied.into())));
     };
-    let valid = credentials.valid_with(chain);
-    Ok(Accepted { peer, io, valid })
+    let valid = credentials.valid_with(&chain);
+    Ok(Accepted {
+        peer,
+        session,
+        valid,
+    })
 }
 
 /// Serves one tunnel until the peer closes it or the drain ends it: calls `on_request`, which must
@@ -81,9 +83,9 @@ where
     T: AsyncRead + AsyncWrite + Unpin,
     F: FnMut(Request),
 {
-    let life = Life::default();
-    let mut connection = preface(Watched::new(accepted.io, life.clone()), params).await?;
-    let mut keepalive = Keepalive::new(connection.ping_pong(), life, params);
+    let (tls, flush) = accepted.session.split();
+    let mut connection = preface(tls, &flush, params).await?;
+    let mut keepalive = Keepalive::new(connection.ping_pong(), flush.reads(), params);
     let mut orders = drain.clone();
     // PROTOCOL.md#certificate-expiry
     let mut graceful = std::pin::pin!(async {
@@ -98,14 +100,14 @@ where
             biased;
             reason = drain.forced() => {
                 // Those who carry the streams have the same order and reset them now.
-                end(&mut connection).await;
+                end(&mut connection, &flush).await;
                 return Err(Error::Drained(reason));
             }
             () = &mut graceful, if !draining => {
                 draining = true;
                 connection.graceful_shutdown();
             }
-            request = connection.accept() => match request {
+            request = flush.run(connection.accept()) => match request {
                 Some(Ok((request, respond))) => on_request(Request::new(request, respond)),
                 // The transport ended without a farewell: its streams say what that meant.
                 Some(Err(e)) if e.is_io() => return Err(Error::TunnelLost(Some(Arc::new(e)))),
@@ -178,10 +180,11 @@ impl fmt::Debug for Request {
     }
 }
 
-type Http2<T> = Connection<Watched<TlsStream<T>>, Bytes>;
+type Http2<T> = Connection<Tls<T>, Bytes>;
 
 async fn preface<T: AsyncRead + AsyncWrite + Unpin>(
-    io: Watched<TlsStream<T>>,
+    tls: Tls<T>,
+    flush: &Flush<T>,
     params: &Params,
 ) -> Result<Http2<T>, Error> {
     let mut builder = h2::server::Builder::new();
@@ -192,21 +195,22 @@ async fn preface<T: AsyncRead + AsyncWrite + Unpin>(
         .max_header_list_size(params.server_header_bytes)
         .max_concurrent_streams(params.server_streams)
         .max_send_buffer_size(params.send_buffer_bytes);
-    match timeout(params.h2_timeout, builder.handshake(io)).await {
+    match timeout(params.h2_timeout, flush.run(builder.handshake(tls))).await {
         Ok(connection) => connection.map_err(|e| Error::H2(Arc::new(e))),
         Err(_) => Err(Error::H2TimedOut(params.h2_timeout)),
     }
 }
 
 /// Lets the last frames of the streams out, then says goodbye.
-async fn end<T: AsyncRead + AsyncWrite + Unpin>(connection: &mut Http2<T>) {
-    let flush = poll_fn(|cx: &mut Context<'_>| match connection.poll_closed(cx) {
+async fn end<T: AsyncRead + AsyncWrite + Unpin>(connection: &mut Http2<T>, flush: &Flush<T>) {
+    let last = poll_fn(|cx: &mut Context<'_>| match connection.poll_closed(cx) {
         Poll::Pending if connection.has_streams() => Poll::Pending,
         _ => Poll::Ready(()),
     });
-    if timeout(LAST_FRAMES, flush).await.is_ok() {
+    if timeout(LAST_FRAMES, flush.run(last)).await.is_ok() {
         connection.abrupt_shutdown(h2::Reason::NO_ERROR);
-        let closed = timeout(LAST_FRAMES, poll_fn(|cx| connection.poll_closed(cx))).await;
+        let closed = flush.run(poll_fn(|cx| connection.poll_closed(cx)));
+        let closed = timeout(LAST_FRAMES, closed).await;
         tracing::trace!(?closed, "tunnel ended");
     }
 }
