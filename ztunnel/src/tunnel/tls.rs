@@ -164,7 +164,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Session<T> {
             }
             self.keys.renewed()?;
             if requested {
-                self.keys.renew(&mut self.output)?;
+                self.keys.owe();
             }
         }
         Ok(())

@@ -20,6 +20,8 @@ pub(super) struct Keys {
     suite: SupportedCipherSuite,
     sealer: Sealer,
     opener: Opener,
+    /// The peer wants us to change our key.
+    owed: bool,
 }
 
 impl Keys {
@@ -33,30 +35,38 @@ impl Keys {
             opener: Opener::new(suite, secrets.rx)?,
             schedule,
             suite,
+            owed: false,
         })
     }
 
-    /// Seals one record. Says so first when the key has sealed as much as it may.
+    /// Seals one record. Changes the key first when it has sealed as much as it may, or when the
+    /// peer wants that.
     pub(super) fn seal(
         &mut self,
         kind: ContentType,
         payload: OutboundChunks<'_>,
         out: &mut impl Extend<Vec<u8>>,
     ) -> Result<(), Error> {
-        if self.sealer.records >= self.suite.limit() {
+        if self.owed || self.sealer.records >= self.suite.limit() {
             self.renew(out)?;
         }
         out.extend([self.sealer.seal(kind, payload)?]);
         Ok(())
     }
 
+    /// Changes our key before the next record: once, however often a peer asks that reads nothing.
+    pub(super) const fn owe(&mut self) {
+        self.owed = true;
+    }
+
     /// Tells the peer that a new key follows, and uses it.
-    pub(super) fn renew(&mut self, out: &mut impl Extend<Vec<u8>>) -> Result<(), Error> {
+    fn renew(&mut self, out: &mut impl Extend<Vec<u8>>) -> Result<(), Error> {
         let update = OutboundChunks::Single(&KEY_UPDATED);
         // Before the update: a version that has no updates ends here, with nothing sent.
         let secrets = self.schedule.update_tx()?;
         out.extend([self.sealer.seal(ContentType::Handshake, update)?]);
         self.sealer = Sealer::new(self.suite, secrets)?;
+        self.owed = false;
         Ok(())
     }
 

@@ -334,19 +334,33 @@ async fn records_in_pieces_are_put_together() {
 async fn keys_change_whoever_wants_it() {
     let (mut near, mut far) = pair().await;
     for round in 0..40_u8 {
-        // Asks for a new key of ours in return.
-        far.tls.refresh_traffic_keys().unwrap();
+        if round % 2 == 0 {
+            // Asks for a new key of ours in return.
+            far.tls.refresh_traffic_keys().unwrap();
+        } else {
+            near.flush.0.borrow_mut().keys.owe();
+        }
         let sealed = far.seal(&[round; 3]);
         far.send(&sealed).await;
         assert_eq!(near.read(3).await.unwrap(), [round; 3]);
-        {
-            let mut session = near.flush.0.borrow_mut();
-            let Session { keys, output, .. } = &mut *session;
-            keys.renew(output).unwrap();
-        }
         near.write(&[round; 5]).await.unwrap();
         assert_eq!(far.read(5).await.unwrap(), [round; 5]);
     }
+}
+
+/// RFC 8446, 4.6.3: one answer may serve many requests, so a peer that reads nothing costs nothing.
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_wants_key_after_key_is_answered_once() {
+    let (mut near, mut far) = pair().await;
+    for round in 0..200_u8 {
+        far.tls.refresh_traffic_keys().unwrap();
+        let sealed = far.seal(&[round]);
+        far.send(&sealed).await;
+        assert_eq!(near.read(1).await.unwrap(), [round]);
+        assert_eq!(near.flush.0.borrow().output.bytes, 0);
+    }
+    near.write(b"with one new key").await.unwrap();
+    assert_eq!(far.read(16).await.unwrap(), b"with one new key");
 }
 
 /// A client may send its last flight together with what follows, and with what ends it.
