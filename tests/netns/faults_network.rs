@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::socket::{Backlog, listen};
 use ztunnel_tests::{
     apps::{self, Server},
     load::{Load, Outcome},
@@ -96,7 +97,7 @@ fn thousands_of_connections_at_once_are_all_served() -> Result<()> {
         .map(|_| apps::dial(&client.netns, server.at(9100)))
         .collect::<Result<Vec<_>>>()?;
     for (n, stream) in streams.iter_mut().enumerate() {
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(120)))?;
         let mut greeting = [0];
         stream
             .read_exact(&mut greeting)
@@ -148,6 +149,8 @@ impl Crowd {
         let any = std::net::SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), port);
         let listener = netns.listen(any)?;
         listener.set_nonblocking(true)?;
+        // Its accept queue must not be the narrowest place: what it drops comes again after a minute.
+        listen(&listener, Backlog::new(4096)?)?;
         let stop = Arc::new(AtomicBool::new(false));
         let thread = thread::spawn({
             let stop = Arc::clone(&stop);
