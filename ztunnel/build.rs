@@ -1,5 +1,5 @@
-//! Puts the eBPF object that `cargo xtask setup` built where the capture room embeds it from. It never
-//! builds the object itself (that takes another compiler), and a missing one is an error.
+//! Puts the eBPF object that `cargo xtask setup` built where the capture room embeds it from, and compiles the control
+//! plane's messages. It never builds the object itself (that takes another compiler), and a missing one is an error.
 
 use std::{
     env, fs,
@@ -32,8 +32,25 @@ fn main() -> ExitCode {
         );
         return ExitCode::FAILURE;
     }
+    if let Err(error) = messages() {
+        println!("cargo::error=proto: {error}");
+        return ExitCode::FAILURE;
+    }
     ExitCode::SUCCESS
 }
+
+/// `.proto` to Rust, without `protoc`. Byte fields stay slices of the message that they came in.
+fn messages() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    let files = PROTOS.map(|name| format!("proto/{name}.proto"));
+    let descriptors = protox::compile(files, ["proto"])?;
+    prost_build::Config::new()
+        .bytes(["."])
+        .compile_fds(descriptors)?;
+    Ok(())
+}
+
+const PROTOS: [&str; 4] = ["authorization", "citadel", "discovery", "workload"];
 
 /// OUT_DIR is `<target>[/<triple>]/<profile>/build/<package>-<hash>/out`; the target directory is the
 /// nearest ancestor that cargo has tagged as a cache.

@@ -271,12 +271,14 @@ const fn at(name: &'static str, floor: u8, up_to: u8, and: &'static [&'static st
 }
 
 /// The house, from the ground. Nobody below floor 7 imports floor 7, because no `up_to` below reaches it.
-const ROOMS: [Room; 23] = [
+const ROOMS: [Room; 26] = [
     at("model", 1, 0, &[]),
+    at("proto", 1, 0, &[]),
     at("wire", 2, 1, &[]),
     at("resolve", 2, 1, &[]),
     at("authz", 2, 1, &["resolve"]),
     at("drain", 3, 1, &[]),
+    at("rpc", 3, 1, &[]),
     at("capture", 4, 3, &[]),
     at("identity", 4, 3, &[]),
     at("account", 4, 3, &[]),
@@ -290,6 +292,7 @@ const ROOMS: [Room; 23] = [
     at("config", 7, 7, &[]),
     at("admin", 7, 7, &[]),
     at("logging", 7, 7, &[]),
+    at("mesh", 7, 7, &[]),
     at("stats", 7, 7, &[]),
     at("keeper", 7, 7, &[]),
     at("worker", 7, 7, &[]),

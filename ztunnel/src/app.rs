@@ -1,7 +1,7 @@
 //! The wiring: what is started in which order, what the control thread does, and the end. Takes a
 //! checked `Config`, gives the process's result; never touches a connection.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::future::poll_fn;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -12,7 +12,6 @@ use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
@@ -20,13 +19,14 @@ use crate::account::{self, Accounts};
 use crate::admin::{self, Readiness, Stats};
 use crate::authz::{self, plaintext_verdict};
 use crate::capture::{self, Capture, PlaintextVerdict, PodSettings};
-use crate::config::{Config, Source};
+use crate::config::Config;
 use crate::context;
-use crate::control::{self, FileSource, PodEntry, State, World};
+use crate::control::{Demander, PodEntry, World};
 use crate::drain;
 use crate::enrol::{Change, Enrolment, Wanted};
-use crate::identity::{self, LocalCa, Store, Versions};
-use crate::model::PodRef;
+use crate::identity::{self, Ca, LocalCa, RemoteCa, Store, Versions};
+use crate::mesh::{self, Mesh, Updates};
+use crate::model::{Chain, SpiffeId};
 use crate::worker::{self, Order, Unserved, Worker};
 use crate::{stats, tunnel};
 
@@ -44,7 +44,7 @@ pub enum Error {
     Preflight(Vec<capture::Error>),
     /// The state's source.
     #[error(transparent)]
-    Control(#[from] control::Error),
+    Mesh(#[from] mesh::OpenError),
     /// The CA.
     #[error(transparent)]
     Identity(#[from] identity::Error),
@@ -83,14 +83,17 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
     };
     // Before anything is changed, also before a CA is created.
     capture::preflight(&params).map_err(Error::Preflight)?;
-    let (state, mut updates) = Updates::open(&config.source)?;
-    let ca = LocalCa::open(&config.ca_dir, wall_clock())?;
+    let (state, mut updates) = Updates::open(config)?;
+    let ca = ca(config)?;
     let store = Arc::new(Store::new(lifetime(config), Arc::new(wall_clock)));
     let accounts = Accounts::new(config.workers);
     accounts.register(log_rows);
     let readiness = Readiness::default();
     let state_ready = readiness.task("state manager");
     let pods_ready = readiness.task("workload proxy manager");
+    if let Some(counts) = updates.counts() {
+        accounts.register(stats::control_plane(counts));
+    }
     accounts.register(stats::build(&config.istio_version));
     let stats_server = admin::Server::bind(any(STATS_PORT))?;
     let readiness_server = admin::Server::bind(any(READINESS_PORT))?;
@@ -98,14 +101,14 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
     let capture = Capture::start(&params)?;
     accounts.register(stats::kernel(capture.clone()));
 
-    let world = next_world(&World::default(), config, &state);
-    let (publish, subscribe) = watch::channel(world);
+    let (mesh, subscribe) = Mesh::new(Arc::clone(&config.network), state);
     let (tell_unserved, unserved) = mpsc::channel(UNSERVED);
     let shared = Shared {
         accounts: &accounts,
         store: &store,
         world: subscribe,
         unserved: tell_unserved,
+        demander: updates.demander(),
     };
     let workers = start_workers(config, &shared)?;
     let (end, drain) = drain::channel();
@@ -125,29 +128,22 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
         unserved,
         readiness: readiness.clone(),
         accounts: accounts.clone(),
-        publish,
-        pods: state.pods,
+        mesh,
+        identities: BTreeSet::new(),
     };
     let control = async {
+        // Until the state is complete nothing is served by half of it; who waits is served then.
+        if !node.complete(&mut updates, &mut signals).await {
+            return Ok(());
+        }
         drop(state_ready);
-        let started = Instant::now();
-        node.reconcile().await;
+        node.begin().await;
         drop(pods_ready);
-        info!(
-            workloads = node.publish.borrow().snapshot.workload_count(),
-            services = node.publish.borrow().snapshot.service_count(),
-            policies = node.publish.borrow().policies.iter().count(),
-            pods = node.enrolment.enrolled(),
-            troubled = node.enrolment.troubled(),
-            workers = config.workers,
-            took_ms = started.elapsed().as_millis(),
-            "ready"
-        );
-        let outcome = node.control(config, &mut updates, &mut signals).await;
+        let outcome = node.control(&mut updates, &mut signals).await;
         node.drain(config.termination_deadline).await;
         // Last: who sees readiness gone may rely on the listeners being on their way out.
         end.graceful();
-        node.end(config, &mut updates, &mut signals).await;
+        node.end(&mut updates, &mut signals).await;
         outcome
     };
     tokio::select! {
@@ -167,18 +163,42 @@ struct Node {
     unserved: mpsc::Receiver<Unserved>,
     readiness: Readiness,
     accounts: Accounts,
-    publish: watch::Sender<World>,
-    pods: Vec<PodEntry>,
+    mesh: Mesh,
+    /// The identities of the pods that should be served.
+    identities: BTreeSet<SpiffeId>,
 }
 
 impl Node {
+    /// Follows updates until the first state is there; false if a signal asked for the end before.
+    async fn complete(&mut self, updates: &mut Updates, signals: &mut Signals) -> bool {
+        while !updates.are_complete() {
+            tokio::select! {
+                () = signals.stop() => return false,
+                update = updates.next() => self.mesh.take(update).await,
+            }
+        }
+        true
+    }
+
+    /// Enrols the first pods.
+    async fn begin(&mut self) {
+        let started = Instant::now();
+        self.reconcile().await;
+        let world = self.mesh.world();
+        info!(
+            workloads = world.snapshot.workload_count(),
+            services = world.snapshot.service_count(),
+            policies = world.policies.iter().count(),
+            pods = self.enrolment.enrolled(),
+            troubled = self.enrolment.troubled(),
+            workers = self.workers.len(),
+            took_ms = started.elapsed().as_millis(),
+            "ready"
+        );
+    }
+
     /// Follows updates until a signal asks for the end, or the node cannot do its job any more.
-    async fn control(
-        &mut self,
-        config: &Config,
-        updates: &mut Updates,
-        signals: &mut Signals,
-    ) -> Result<(), Error> {
+    async fn control(&mut self, updates: &mut Updates, signals: &mut Signals) -> Result<(), Error> {
         let mut tick = interval(RECONCILE_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sweep = interval(FORGET_EVERY);
@@ -191,33 +211,34 @@ impl Node {
                     return Err(Error::WorkerLost(number));
                 }
                 Some(unserved) = self.unserved.recv() => self.give_up(&unserved).await,
-                update = updates.next() => match update {
-                    Ok(state) => self.apply(config, state).await,
-                    Err(error) => refused(&error),
-                },
+                update = updates.next() => {
+                    let is_file = matches!(update, mesh::Update::File(Ok(_)));
+                    // Workers first: no pod is captured before its world is there, and open connections
+                    // are judged again before the kernel refuses new ones.
+                    self.mesh.take(update).await;
+                    self.reconcile().await;
+                    if is_file {
+                        info!("state applied");
+                    }
+                }
                 _ = tick.tick() => self.reconcile().await,
                 _ = sweep.tick() => self.forget(),
             }
         }
     }
 
-    async fn apply(&mut self, config: &Config, state: State) {
-        let started = Instant::now();
-        // Workers first: no pod is captured before its world is there, and open connections are
-        // judged again before the kernel refuses new ones.
-        publish(&self.publish, config, &state);
-        self.pods = state.pods;
-        self.reconcile().await;
-        info!(took_ms = started.elapsed().as_millis(), "state applied");
-    }
-
     /// Brings the kernel to the wanted pods and tells the workers the difference.
     async fn reconcile(&mut self) {
-        let world = self.publish.borrow().clone();
-        let wanted: Vec<Wanted> = self.pods.iter().map(|pod| wanted(&world, pod)).collect();
+        let world = self.mesh.world();
+        let wanted: Vec<Wanted> = self
+            .mesh
+            .pods()
+            .iter()
+            .map(|pod| wanted(&world, pod))
+            .collect();
         loop {
             for change in self.enrolment.reconcile(&wanted) {
-                self.tell(&world, change).await;
+                self.tell(change).await;
             }
             if !self.enrolment.is_behind() {
                 break;
@@ -226,11 +247,12 @@ impl Node {
             tokio::task::yield_now().await;
         }
         self.readiness.troubled(self.enrolment.census().troubled());
+        self.prefetch(&world, &wanted);
     }
 
     /// Keeps the metrics page as large as the mesh.
     fn forget(&self) {
-        let world = self.publish.borrow().clone();
+        let world = self.mesh.world();
         let known: HashSet<(&str, &str)> = world
             .snapshot
             .workloads()
@@ -243,13 +265,12 @@ impl Node {
     /// Has a pod enrolled anew, by the next reconciliation, that a worker cannot serve.
     async fn give_up(&mut self, unserved: &Unserved) {
         if let Some(change) = self.enrolment.give_up(unserved.id, &unserved.error) {
-            let world = self.publish.borrow().clone();
-            self.tell(&world, change).await;
+            self.tell(change).await;
             self.readiness.troubled(self.enrolment.census().troubled());
         }
     }
 
-    async fn tell(&self, world: &World, change: Change) {
+    async fn tell(&self, change: Change) {
         match change {
             Change::Up {
                 id,
@@ -257,7 +278,6 @@ impl Node {
                 listeners,
                 dialer,
             } => {
-                self.prefetch(world, &pod);
                 for (worker, listeners) in self.workers.iter().zip(listeners) {
                     worker
                         .tell(Order::Up {
@@ -277,15 +297,19 @@ impl Node {
         }
     }
 
-    /// Has the pod's certificate made before its first connection asks for it.
-    fn prefetch(&self, world: &World, pod: &PodRef) {
-        let identity = world
-            .snapshot
-            .pod(pod)
-            .and_then(|workload| workload.identity.clone());
-        if let Some(identity) = identity {
-            self.store.prefetch(&identity);
+    /// Has the pods' certificates made before their first connection asks for them, and lets go of
+    /// those that no pod here has any more.
+    // PROTOCOL.md#certificate-prefetch
+    fn prefetch(&mut self, world: &World, wanted: &[Wanted]) {
+        let identity = |wanted: &Wanted| world.snapshot.pod(&wanted.pod)?.identity.clone();
+        let now: BTreeSet<SpiffeId> = wanted.iter().filter_map(identity).collect();
+        for id in &now {
+            self.store.prefetch(id);
         }
+        for id in self.identities.difference(&now) {
+            self.store.forget(id);
+        }
+        self.identities = now;
     }
 
     /// Tells the workers to end.
@@ -302,9 +326,9 @@ impl Node {
     /// Waits for the workers, whose connections are judged by every new state until they end; a
     /// second interrupt ends the process without them. Pods are left as they are: whoever serves
     /// them next brings them to what is wanted.
-    async fn end(self, config: &Config, updates: &mut Updates, signals: &mut Signals) {
+    async fn end(self, updates: &mut Updates, signals: &mut Signals) {
         let Self {
-            workers, publish, ..
+            workers, mut mesh, ..
         } = self;
         let mut joined =
             tokio::task::spawn_blocking(move || workers.into_iter().for_each(Worker::join));
@@ -320,10 +344,7 @@ impl Node {
                     warn!("interrupted again: open connections are cut");
                     break;
                 }
-                update = updates.next() => match update {
-                    Ok(state) => self::publish(&publish, config, &state),
-                    Err(error) => refused(&error),
-                },
+                update = updates.next() => mesh.take(update).await,
             }
         }
         info!("ended; enrolled pods stay captured, and so closed, until a process serves them");
@@ -342,32 +363,12 @@ async fn lost(workers: &[Worker]) -> usize {
     .await
 }
 
-/// Gives the workers the world of this state.
-fn publish(publish: &watch::Sender<World>, config: &Config, state: &State) {
-    let world = next_world(&publish.borrow(), config, state);
-    info!(
-        generation = world.generation,
-        workloads = world.snapshot.workload_count(),
-        services = world.snapshot.service_count(),
-        policies = world.policies.iter().count(),
-        pods = state.pods.len(),
-        "state replaced"
-    );
-    publish.send_replace(world);
-}
-
-fn refused(error: &control::Error) {
-    warn!(error = %Chain(error), "update refused; the running state stays");
-}
-
-/// The world of a file, after the one before.
-fn next_world(before: &World, config: &Config, state: &State) -> World {
-    before.next(
-        Arc::clone(&config.network),
-        state.workloads.clone(),
-        state.services.clone(),
-        state.policies.clone(),
-    )
+/// Where certificates come from.
+fn ca(config: &Config) -> Result<Ca, identity::Error> {
+    Ok(match &config.ca {
+        Some(params) => Ca::Remote(Box::new(RemoteCa::new(params.clone()))),
+        None => Ca::Local(Box::new(LocalCa::open(&config.ca_dir, wall_clock())?)),
+    })
 }
 
 /// What the kernel has to know of a pod. A pod that the mesh does not know takes no plaintext.
@@ -402,6 +403,7 @@ struct Shared<'a> {
     store: &'a Arc<Store>,
     world: watch::Receiver<World>,
     unserved: mpsc::Sender<Unserved>,
+    demander: Option<Demander>,
 }
 
 fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Error> {
@@ -425,6 +427,7 @@ fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Er
             },
             world: shared.world.clone(),
             unserved: shared.unserved.clone(),
+            demander: shared.demander.clone(),
         };
         Ok(Worker::start(params)?)
     };
@@ -451,52 +454,6 @@ fn tunnel_params(config: &Config) -> tunnel::Params {
         connection_window_bytes: config.connection_window_bytes,
         frame_bytes: config.frame_bytes,
         ..tunnel::Params::default()
-    }
-}
-
-/// Updates after the first state. They are read by a task of their own: reading a large file takes
-/// longer than the control loop waits for anything, and must not begin again each time.
-struct Updates {
-    read: mpsc::Receiver<Result<State, control::Error>>,
-    _reader: Option<Reader>,
-}
-
-/// Ends the reading task when it is dropped.
-struct Reader(JoinHandle<()>);
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-impl Updates {
-    fn open(source: &Source) -> Result<(State, Self), Error> {
-        let (send, read) = mpsc::channel(1);
-        let (state, reader) = match source {
-            Source::File(path) => {
-                let (state, mut file) = FileSource::open(path)?;
-                let reader =
-                    tokio::spawn(
-                        async move { while send.send(file.changed().await).await.is_ok() {} },
-                    );
-                (state, Some(Reader(reader)))
-            }
-            Source::Inline(text) => (control::parse(Path::new("LOCAL_XDS"), text)?, None),
-        };
-        let updates = Self {
-            read,
-            _reader: reader,
-        };
-        Ok((state, updates))
-    }
-
-    /// The next state. Cancel safe.
-    async fn next(&mut self) -> Result<State, control::Error> {
-        match self.read.recv().await {
-            Some(update) => update,
-            None => std::future::pending().await,
-        }
     }
 }
 
@@ -534,21 +491,6 @@ fn lines(errors: &[capture::Error]) -> String {
         .iter()
         .map(|error| format!("\n  {}", Chain(error)))
         .collect()
-}
-
-/// An error with its causes, for one field of a log line.
-struct Chain<'a>(&'a dyn std::error::Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(cause) = source {
-            write!(f, ": {cause}")?;
-            source = cause.source();
-        }
-        Ok(())
-    }
 }
 
 #[expect(

@@ -1,14 +1,21 @@
 //! The process's settings. Takes the environment, gives a checked `Config`; the only reader of the
 //! environment, and never guesses at a value that does not parse.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
+
+mod control_plane;
+
+use crate::control::XdsParams;
+use crate::rpc;
+use control_plane::ProxyConfig;
 
 /// Why the process cannot start with these settings. Each names the variable.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -16,6 +23,11 @@ pub enum Error {
     /// Two variables exclude each other.
     #[error("{0} and {1} are both set; set one of them")]
     Both(&'static str, &'static str),
+    /// A variable makes no header of a call.
+    #[error(
+        "{0}: its end must be the name of a header that is not our own, and its value one that a header can have"
+    )]
+    Header(String),
     /// A needed variable is not set.
     #[error("{name} is not set; set it to {remedy}")]
     Missing {
@@ -69,10 +81,14 @@ pub struct Keepalive {
 }
 
 /// All settings.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Where the state comes from.
-    pub source: Source,
+    /// The file that the state comes from, if any.
+    pub source: Option<Source>,
+    /// The control plane that it comes from, if any.
+    pub xds: Option<XdsParams>,
+    /// The CA that certificates come from; none if this process signs them.
+    pub ca: Option<rpc::Params>,
     /// The CA's directory.
     pub ca_dir: PathBuf,
     /// Where this node's programs and maps are pinned.
@@ -120,6 +136,8 @@ pub struct Config {
     pub istio_version: String,
     /// Set variables that the established proxy knows and this one does not honour.
     pub ignored: Vec<String>,
+    /// Set variables that are not used because of what they hold.
+    pub unusable: Vec<String>,
 }
 
 impl Config {
@@ -142,13 +160,17 @@ impl Config {
     ) -> Result<Self, Error> {
         let env = Env::new(vars)?;
         let flag = |name, default| env.parse(name, default, "true or false");
+        let proxy = ProxyConfig::read(&env, Path::new(MESH_FILE))?;
+        let xds = control_plane::xds(&env, &proxy)?;
         Ok(Self {
-            source: source(&env)?,
+            source: source(&env, xds.is_some())?,
+            ca: control_plane::ca(&env, xds.is_some())?,
+            xds,
             ca_dir: env.path("CA_DIR", "/var/lib/ztunnel/ca"),
             bpf_pin_dir: env.path("BPF_PIN_DIR", BPF_PIN_DIR),
             network: env.text("NETWORK").into(),
             node: env.text("NODE_NAME").into(),
-            workers: workers(&env, cores)?,
+            workers: workers(&env, &proxy, cores)?,
             secret_ttl: secret_ttl(&env)?,
             tls12: flag("TLS12_ENABLED", false)?,
             original_source: flag("ENABLE_ORIG_SRC", true)?,
@@ -175,6 +197,7 @@ impl Config {
                 .unwrap_or("unknown")
                 .to_owned(),
             ignored: env.ignored(),
+            unusable: env.unusable.into_inner(),
         })
     }
 }
@@ -191,7 +214,11 @@ pub fn bpf_pin_dir() -> PathBuf {
 }
 
 /// The environment, checked for UTF-8 where we read it.
-struct Env(BTreeMap<String, String>);
+struct Env {
+    vars: BTreeMap<String, String>,
+    /// Those that were found to hold nothing that can be used.
+    unusable: RefCell<Vec<String>>,
+}
 
 impl Env {
     fn new(vars: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self, Error> {
@@ -200,7 +227,7 @@ impl Env {
             let Ok(name) = name.into_string() else {
                 continue;
             };
-            if !READ.contains(&name.as_str()) && !is_known_to_peer(&name) {
+            if !is_read(&name) && !KNOWN_TO_PEER.contains(&name.as_str()) {
                 continue;
             }
             let Ok(value) = value.into_string() else {
@@ -208,11 +235,14 @@ impl Env {
             };
             map.insert(name, value);
         }
-        Ok(Self(map))
+        Ok(Self {
+            vars: map,
+            unusable: RefCell::default(),
+        })
     }
 
     fn get(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(String::as_str)
+        self.vars.get(name).map(String::as_str)
     }
 
     fn text(&self, name: &str) -> &str {
@@ -275,10 +305,22 @@ impl Env {
         Ok(value)
     }
 
+    /// The variables whose name begins so, without that beginning.
+    fn with_prefix<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
+        self.vars.iter().filter_map(move |(name, value)| {
+            let rest = name.strip_prefix(prefix)?;
+            Some((rest, value.as_str()))
+        })
+    }
+
+    fn unusable(&self, name: String) {
+        self.unusable.borrow_mut().push(name);
+    }
+
     fn ignored(&self) -> Vec<String> {
-        self.0
+        self.vars
             .keys()
-            .filter(|name| !READ.contains(&name.as_str()))
+            .filter(|name| !is_read(name))
             .cloned()
             .collect()
     }
@@ -303,28 +345,33 @@ fn secret_ttl(env: &Env) -> Result<Duration, Error> {
     Ok(ttl)
 }
 
-fn source(env: &Env) -> Result<Source, Error> {
+fn source(env: &Env, has_xds: bool) -> Result<Option<Source>, Error> {
     if env.get("PROXY_MODE").is_some_and(|mode| mode != "shared") {
         let why = "only shared is supported: one process for all pods of the node";
         return Err(refused("PROXY_MODE", env.text("PROXY_MODE"), why.into()));
     }
     match (env.get("LOCAL_XDS_PATH"), env.get("LOCAL_XDS")) {
         (Some(_), Some(_)) => Err(Error::Both("LOCAL_XDS_PATH", "LOCAL_XDS")),
-        (Some(path), None) if !path.is_empty() => Ok(Source::File(path.into())),
-        (None, Some(text)) => Ok(Source::Inline(text.to_owned())),
+        (Some(path), None) if !path.is_empty() => Ok(Some(Source::File(path.into()))),
+        (None, Some(text)) => Ok(Some(Source::Inline(text.to_owned()))),
+        (Some(_) | None, None) if has_xds => Ok(None),
         (Some(_) | None, None) => Err(Error::Missing {
             name: "LOCAL_XDS_PATH",
-            remedy: "the file that holds workloads, services, policies and pods",
+            remedy: "the file that holds workloads, services, policies and pods, or XDS_ADDRESS to the control plane",
         }),
     }
 }
 
 /// The number of data-plane threads.
 // PROTOCOL.md#worker-threads
-fn workers(env: &Env, cores: usize) -> Result<usize, Error> {
+fn workers(env: &Env, proxy: &ProxyConfig, cores: usize) -> Result<usize, Error> {
     let name = "ZTUNNEL_WORKER_THREADS";
     let Some(value) = env.get(name) else {
-        return Ok(cores.div_ceil(4).max(2));
+        return Ok(match proxy.concurrency {
+            None => cores.div_ceil(4).max(2),
+            Some(0) => cores,
+            Some(workers) => workers.min(MAX_WORKERS),
+        });
     };
     let workers = match value.strip_suffix('%') {
         Some(percent) => percent
@@ -391,17 +438,13 @@ fn available_cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn is_known_to_peer(name: &str) -> bool {
-    KNOWN_TO_PEER.contains(&name)
-        || [
-            "XDS_HEADER_",
-            "CA_HEADER_",
-            "ISTIO_META_",
-            "ISTIO_METAJSON_",
-        ]
-        .iter()
-        .any(|prefix| name.starts_with(prefix))
+/// Variables whose names only begin in a known way are all read.
+fn is_read(name: &str) -> bool {
+    READ.contains(&name) || READ_BY_PREFIX.iter().any(|prefix| name.starts_with(prefix))
 }
+
+/// Where a mesh's configuration is mounted.
+const MESH_FILE: &str = "./etc/istio/config/mesh";
 
 /// Where programs and maps are pinned when nothing else is said.
 const BPF_PIN_DIR: &str = "/sys/fs/bpf/ztunnel";
@@ -422,21 +465,29 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 29] = [
+const READ: [&str; 43] = [
+    "ALT_CA_HOSTNAME",
+    "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
+    "AUTH_TOKEN",
     "BPF_PIN_DIR",
+    "CA_ADDRESS",
     "CA_DIR",
+    "CA_ROOT_CA",
+    "CLUSTER_ID",
     "CONNECTION_TERMINATION_DEADLINE",
     "ENABLE_ORIG_SRC",
     "ENABLE_RESPONSE_BAGGAGE",
+    "FAKE_CA",
     "HTTP2_CONNECTION_WINDOW_SIZE",
     "HTTP2_FRAME_SIZE",
     "HTTP2_STREAM_WINDOW_SIZE",
-    "ISTIO_META_ISTIO_VERSION",
+    "INSTANCE_IP",
     "KEEPALIVE_ENABLED",
     "KEEPALIVE_INTERVAL",
     "KEEPALIVE_RETRIES",
     "KEEPALIVE_TIME",
+    "KUBERNETES_SERVICE_HOST",
     "LOCALHOST_APP_TUNNEL",
     "LOCAL_FAST_PATH",
     "LOCAL_XDS",
@@ -444,54 +495,52 @@ const READ: [&str; 29] = [
     "LOG_FORMAT",
     "NETWORK",
     "NODE_NAME",
+    "POD_NAME",
+    "POD_NAMESPACE",
     "POOL_MAX_STREAMS_PER_CONNECTION",
     "POOL_UNUSED_RELEASE_TIMEOUT",
+    "PROXY_CONFIG",
     "PROXY_MODE",
     "RUST_LOG",
     "SECRET_TTL",
     "TERMINATION_GRACE_PERIOD_SECONDS",
     "TLS12_ENABLED",
+    "XDS_ADDRESS",
+    "XDS_ON_DEMAND",
+    "XDS_ROOT_CA",
     "ZTUNNEL_WORKER_THREADS",
 ];
 
+/// Beginnings of variables that this process honours.
+const READ_BY_PREFIX: [&str; 4] = [
+    "CA_HEADER_",
+    "ISTIO_METAJSON_",
+    "ISTIO_META_",
+    "XDS_HEADER_",
+];
+
 /// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 36] = [
-    "ALT_CA_HOSTNAME",
-    "ALT_XDS_HOSTNAME",
-    "AUTH_TOKEN",
-    "CA_ADDRESS",
-    "CA_ROOT_CA",
+const KNOWN_TO_PEER: [&str; 20] = [
     "CLUSTER_DOMAIN",
-    "CLUSTER_ID",
     "COMPLIANCE_POLICY",
     "CRL_PATH",
     "ENABLE_PROXY",
-    "FAKE_CA",
     "INPOD_ENABLED",
     "INPOD_PORT_REUSE",
     "INPOD_UDS",
-    "INSTANCE_IP",
     "IPV6_ENABLED",
     "PACKET_MARK",
-    "POD_NAME",
-    "POD_NAMESPACE",
     "PREFERED_SERVICE_NAMESPACE",
-    "PROXY_CONFIG",
     "PROXY_WORKLOAD_INFO",
     "SERVICE_ACCOUNT",
     "TRUST_DOMAIN",
     "UNSTABLE_ENABLE_SOCKS5",
     "USER_TIMEOUT_ENABLED",
-    "XDS_ADDRESS",
-    "XDS_ON_DEMAND",
-    "XDS_ROOT_CA",
     "ZTUNNEL_CPU_LIMIT",
     "ZTUNNEL_RESOURCE_CPU_LIMIT",
     "ZTUNNEL_RESOURCE_CPU_REQUEST",
     "DNS_CAPTURE",
     "DNS_PROXY_ADDR",
-    "ISTIO_META_CLUSTER_ID",
-    "KUBERNETES_SERVICE_HOST",
 ];
 
 #[cfg(test)]
@@ -507,7 +556,12 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_established_proxy() {
         let config = config(&[]).unwrap();
-        assert_eq!(config.source, Source::File("/mesh.yaml".into()));
+        assert_eq!(config.source, Some(Source::File("/mesh.yaml".into())));
+        assert_eq!(
+            (config.xds, config.ca),
+            (None, None),
+            "a file needs neither"
+        );
         assert_eq!(config.workers, 4);
         assert_eq!(config.termination_deadline, Duration::from_secs(5));
         assert_eq!(config.pool_max_streams, 100);
@@ -584,7 +638,91 @@ mod tests {
 
     #[test]
     fn what_the_peer_knows_and_this_process_does_not_is_listed() {
-        let config = config(&[("XDS_ADDRESS", "x"), ("ISTIO_META_FOO", "y"), ("HOME", "/")]);
-        assert_eq!(config.unwrap().ignored, ["ISTIO_META_FOO", "XDS_ADDRESS"]);
+        let config = config(&[
+            ("CLUSTER_DOMAIN", "x"),
+            ("ISTIO_META_FOO", "y"),
+            ("HOME", "/"),
+        ]);
+        assert_eq!(config.unwrap().ignored, ["CLUSTER_DOMAIN"]);
+    }
+
+    fn alone(vars: &[(&str, &str)]) -> Result<Config, Error> {
+        Config::from_vars(vars.iter().map(|(n, v)| ((*n).into(), (*v).into())), 4)
+    }
+
+    // B005, B006, B034, B108.
+    #[test]
+    fn a_control_plane_is_described_by_the_variables_of_the_established_proxy() {
+        let config = alone(&[
+            ("XDS_ADDRESS", "istiod:15012"),
+            ("XDS_ROOT_CA", "/roots.pem"),
+            ("XDS_HEADER_x-tenant", "blue"),
+            ("ALT_XDS_HOSTNAME", "other"),
+            ("AUTH_TOKEN", "literal"),
+            ("CLUSTER_ID", "c2"),
+            ("CA_ADDRESS", "https://ca:1"),
+            ("CA_ROOT_CA", "SYSTEM"),
+            ("POD_NAME", "zt"),
+            ("POD_NAMESPACE", "istio-system"),
+            ("INSTANCE_IP", "10.0.0.1"),
+            ("NODE_NAME", "n1"),
+            ("ISTIO_META_FOO", "bar"),
+            ("ISTIO_METAJSON_LABELS", "{\"app\": \"zt\"}"),
+            ("ISTIO_METAJSON_BAD", "{"),
+        ]);
+        let config = config.unwrap();
+        assert_eq!(config.source, None);
+        assert_eq!(config.unusable, ["ISTIO_METAJSON_BAD"]);
+        let xds = config.xds.unwrap();
+        assert_eq!(xds.rpc.endpoint.to_string(), "istiod:15012");
+        assert_eq!(xds.rpc.roots, rpc::Roots::File("/roots.pem".into()));
+        assert_eq!(xds.rpc.token, Some(rpc::Token::Literal("literal".into())));
+        assert_eq!(xds.rpc.cluster_id, "c2");
+        assert_eq!(xds.rpc.headers.len(), 1);
+        assert_eq!(xds.node.metadata["FOO"], "bar");
+        assert_eq!(xds.node.metadata["LABELS"]["app"], "zt");
+        let ca = config.ca.unwrap();
+        assert_eq!(
+            (ca.endpoint.to_string(), ca.roots),
+            ("ca:1".into(), rpc::Roots::System)
+        );
+    }
+
+    // B010, B031, B035, B060.
+    #[test]
+    fn what_cannot_be_is_refused_by_name() {
+        for (vars, name) in [
+            (&[("XDS_ADDRESS", "http://istiod:15010")][..], "XDS_ADDRESS"),
+            (
+                &[("XDS_ADDRESS", "a:1"), ("XDS_ON_DEMAND", "true")],
+                "ISTIO_META_DNS_CAPTURE",
+            ),
+            (&[("XDS_ADDRESS", "a:1"), ("CA_ADDRESS", "")], "CA_ADDRESS"),
+            (&[("XDS_ADDRESS", "a:1"), ("FAKE_CA", "true")], "FAKE_CA"),
+            (
+                &[("XDS_ADDRESS", "a:1"), ("XDS_HEADER_clusterid", "x")],
+                "XDS_HEADER_clusterid",
+            ),
+            (&[("XDS_ADDRESS", "")], "LOCAL_XDS_PATH"),
+            (
+                &[("XDS_ADDRESS", "a:1"), ("PROXY_CONFIG", "- x")],
+                "PROXY_CONFIG",
+            ),
+        ] {
+            let text = alone(vars).unwrap_err().to_string();
+            assert!(text.contains(name), "{text}");
+        }
+        let ready = config(&[("XDS_ADDRESS", "")]).unwrap();
+        assert_eq!(ready.xds, None);
+    }
+
+    #[test]
+    fn the_proxys_own_document_gives_address_threads_and_metadata() {
+        let text = "discoveryAddress: istiod.x:15012\nconcurrency: 3\nproxyMetadata: {A: b}\n";
+        let config = alone(&[("PROXY_CONFIG", text), ("ISTIO_META_A", "c")]).unwrap();
+        assert_eq!(config.workers, 3);
+        let xds = config.xds.unwrap();
+        assert_eq!(xds.rpc.endpoint.to_string(), "istiod.x:15012");
+        assert_eq!(xds.node.metadata["A"], "c", "the environment wins");
     }
 }

@@ -24,7 +24,7 @@ use tracing::{debug, info};
 use crate::account::Book;
 use crate::authz::{Denied, DryRun, Live, Permit};
 use crate::capture::Dialer;
-use crate::control::World;
+use crate::control::{Demander, World};
 use crate::drain;
 use crate::identity::{self, Store};
 use crate::model::{AppAddr, Flow, PodRef, Reason, SpiffeId, ToReason, UpstreamAddr, Workload};
@@ -162,6 +162,8 @@ pub struct Context {
     pub pod: PodRef,
     /// The mesh.
     pub view: Rc<View>,
+    /// Asks the control plane for what the mesh lacks; none if it tells everything.
+    pub demander: Option<Demander>,
     /// Permits in use on this worker.
     pub live: Live,
     /// The worker's book.
@@ -210,6 +212,28 @@ impl Context {
         let valid = credentials.valid_with(credentials.chain());
         self.attested.remember(identity, valid);
         Ok(())
+    }
+
+    /// Has the control plane tell of what a pod dials, when it tells only what it is asked for. Cancel safe.
+    // PROTOCOL.md#on-demand
+    pub async fn learn(&self, source: &Workload, ip: IpAddr) {
+        let Some(demander) = &self.demander else {
+            return;
+        };
+        let known = |world: &World| {
+            let snapshot = &world.snapshot;
+            let service = snapshot.service_at(&source.network, ip, &source.namespace);
+            let known = service.is_some() || snapshot.workload_at(&source.network, ip).is_some();
+            known.then_some(())
+        };
+        if known(&self.view.world()).is_some() {
+            return;
+        }
+        if demander.ask(format!("{}/{ip}", source.network)).await {
+            // It is on its way from the stream to this worker.
+            let deadline = Instant::now() + LEARN_WAIT;
+            let _: Option<()> = self.view.wait_for(deadline, known).await;
+        }
     }
 
     /// A permit for a connection into this pod. Waits a moment for a policy that the workload
@@ -563,6 +587,9 @@ const OWN_WORKLOAD_WAIT: Duration = Duration::from_secs(5);
 
 /// How long a certificate that was found is not looked for again.
 const ATTESTED_FOR: Duration = Duration::from_secs(5);
+
+/// How long a connection waits for something that the control plane has just told.
+const LEARN_WAIT: Duration = Duration::from_secs(1);
 
 /// How long a connection waits for a policy that its workload names: the control plane sends the
 /// workload and the policy on one stream, moments apart.

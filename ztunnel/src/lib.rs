@@ -2,14 +2,16 @@
 //! **capture → resolve → authorise → tunnel → account**. Modules stand in floor order; a room
 //! imports only from floors below it (`cargo xtask floors`), and ARCHITECTURE.md draws it.
 
-// Floor 1: values.
+// Floor 1: values, and messages that are not values yet.
 pub mod model;
+pub mod proto;
 // Floor 2: pure rooms.
 pub mod authz;
 pub mod resolve;
 pub mod wire;
 // Floor 3.
 pub mod drain;
+pub mod rpc;
 // Floor 4: devices.
 pub mod account;
 pub mod capture;
@@ -28,6 +30,7 @@ pub mod admin;
 pub mod app;
 pub mod config;
 pub mod logging;
+pub mod mesh;
 pub mod stats;
 pub mod worker;
 

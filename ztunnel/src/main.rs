@@ -92,6 +92,10 @@ fn proxy(rest: &[String]) -> ExitCode {
         let ignored = config.ignored.join(" ");
         tracing::warn!(%ignored, "variables that this version does not honour");
     }
+    if !config.unusable.is_empty() {
+        let unusable = config.unusable.join(" ");
+        tracing::error!(%unusable, "variables that do not parse as JSON are left out of the node's metadata");
+    }
     let ended = ztunnel::app::run(&config, guard.source());
     drop(guard);
     match ended {

@@ -66,6 +66,7 @@ async fn walk(
     if source.ips.contains(&asked.ip()) {
         return Err(Failure::SelfCall);
     }
+    cx.learn(&source, asked.ip()).await;
     // Apart, so that what it needs is given back before bytes move.
     match Box::pin(connect(cx, ledger, source, (client, asked, trace), &stream)).await? {
         Reached::Far(way, permit, connected) => way.carry(stream, &permit, connected).await,

@@ -8,6 +8,7 @@ use tracing::warn;
 
 use crate::account::{Family, Kind, Row, Source};
 use crate::capture::{Capture, CountSource};
+use crate::control::{Counts, Ended};
 use crate::enrol::Census;
 
 /// What the kernel programs counted.
@@ -111,5 +112,67 @@ impl Source for Kernel {
             kind: Kind::Counter,
             rows,
         }]
+    }
+}
+
+/// What the control plane's stream counted.
+// PROTOCOL.md#xds-metrics
+#[must_use]
+pub fn control_plane(counts: Arc<Counts>) -> Box<dyn Source> {
+    Box::new(ControlPlane(counts))
+}
+
+#[derive(Debug)]
+struct ControlPlane(Arc<Counts>);
+
+impl Source for ControlPlane {
+    fn families(&self) -> Vec<Family> {
+        let Self(counts) = self;
+        let terminations = Ended::ALL.map(|how| Row {
+            labels: vec![("reason", Cow::Borrowed(how.label()))],
+            value: counts.terminations(how),
+        });
+        let by_type = counts.by_type();
+        let of_type = |column: fn(&[u64; 3]) -> u64| {
+            let row = |(url, values): &(&'static str, [u64; 3])| Row {
+                labels: vec![("url", Cow::Borrowed(*url))],
+                value: column(values),
+            };
+            by_type.iter().map(row).collect()
+        };
+        let counter = |name, help, rows| Family {
+            name,
+            help,
+            kind: Kind::Counter,
+            rows,
+        };
+        vec![
+            counter(
+                "istio_xds_connection_terminations",
+                "Streams to the control plane that ended, by how",
+                terminations.into(),
+            ),
+            counter(
+                "istio_xds_message",
+                "Responses of the control plane",
+                of_type(|[messages, _, _]| *messages),
+            ),
+            counter(
+                "istio_xds_message_bytes",
+                "Bytes of resources in the control plane's responses",
+                of_type(|[_, bytes, _]| *bytes),
+            ),
+            counter(
+                "ztunnel_control_rejected_resources",
+                "Resources of the control plane that were refused",
+                of_type(|[_, _, rejected]| *rejected),
+            ),
+            Family::single(
+                "ztunnel_control_connected",
+                "1 while a stream to the control plane is open",
+                Kind::Gauge,
+                counts.is_connected(),
+            ),
+        ]
     }
 }

@@ -22,7 +22,7 @@ use crate::capture::{Captured, Dialer, Listener, WorkerListeners};
 use crate::context::{
     Attested, Context, Descriptors, Handshakes, Names, Neighbours, PodDial, Settings, View,
 };
-use crate::control::World;
+use crate::control::{Demander, World};
 use crate::drain;
 use crate::enrol::PodId;
 use crate::identity::Store;
@@ -66,6 +66,8 @@ pub struct Params {
     pub settings: Settings,
     /// The mesh, replaced whole.
     pub world: watch::Receiver<World>,
+    /// Asks the control plane for what the mesh lacks.
+    pub demander: Option<Demander>,
     /// Where it tells of pods that it cannot serve.
     pub unserved: mpsc::Sender<Unserved>,
 }
@@ -182,6 +184,7 @@ impl Mesh {
 /// What the pods of one worker have in common.
 struct Shared {
     view: Rc<View>,
+    demander: Option<Demander>,
     live: Live,
     book: Book,
     store: Arc<Store>,
@@ -204,6 +207,7 @@ impl Shared {
         Context {
             pod,
             view: Rc::clone(&self.view),
+            demander: self.demander.clone(),
             live: self.live.clone(),
             book: self.book.clone(),
             pool: Pool::new(
@@ -234,6 +238,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         settings,
         mut world,
         unserved,
+        demander,
     } = params;
     let view = View::new(world.borrow_and_update().clone());
     let live = Live::default();
@@ -245,6 +250,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
     };
     let shared = Shared {
         view,
+        demander,
         live,
         book,
         store,

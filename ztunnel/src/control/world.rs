@@ -1,11 +1,13 @@
 //! The mesh at one moment, as the workers are given it. Takes checked nouns, gives an immutable
 //! pair of indexes; never edits one that is in use.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::apply::Change;
 use crate::authz::Policies;
-use crate::model::{Policy, Service, Workload};
-use crate::resolve::Snapshot;
+use crate::model::{NamespacedHostname, Policy, PolicyKey, Service, Workload, WorkloadUid};
+use crate::resolve::{self, Snapshot};
 
 /// Workloads, services and policies of one moment. Cloning copies pointers.
 #[derive(Clone, Debug, Default)]
@@ -19,6 +21,106 @@ pub struct World {
 }
 
 impl World {
+    /// A world of which nothing is known but the network that this node is on.
+    #[must_use]
+    pub fn new(node_network: Arc<str>) -> Self {
+        Self {
+            snapshot: Arc::new(Snapshot::new(node_network, [], [])),
+            ..Self::default()
+        }
+    }
+
+    /// The world that follows this one by these changes; `None` if they change nothing. Of several changes of one
+    /// thing the last counts.
+    #[must_use]
+    pub fn apply(&self, changes: Vec<Change>) -> Option<Self> {
+        let mut addresses = HashMap::new();
+        let mut policies = HashMap::new();
+        for change in changes {
+            match &change {
+                Change::AddressGone(name) => addresses.insert(Arc::clone(name), change),
+                Change::Service(service) => {
+                    addresses.insert(service.key.to_string().into(), change)
+                }
+                Change::Workload(workload) => addresses.insert(Arc::clone(&workload.uid.0), change),
+                Change::PolicyGone(name) => policies.insert(Arc::clone(name), change),
+                Change::Policy(policy) => policies.insert(policy.key.to_string().into(), change),
+            };
+        }
+        let addresses: Vec<_> = addresses
+            .into_values()
+            .filter_map(|change| self.address_change(change))
+            .collect();
+        let policies = self.next_policies(policies.into_values());
+        if addresses.is_empty() && policies.is_none() {
+            return None;
+        }
+        Some(Self {
+            generation: self.generation + 1,
+            snapshot: if addresses.is_empty() {
+                Arc::clone(&self.snapshot)
+            } else {
+                Arc::new(self.snapshot.apply(addresses))
+            },
+            policies: policies.map_or_else(|| Arc::clone(&self.policies), Arc::new),
+        })
+    }
+
+    /// What a change means for the snapshot, if it is not there already.
+    // PROTOCOL.md#address-removal
+    fn address_change(&self, change: Change) -> Option<resolve::Change> {
+        match change {
+            Change::Service(service) => {
+                let same = self.snapshot.service(&service.key) == Some(&service);
+                (!same).then_some(resolve::Change::Service(service))
+            }
+            Change::Workload(workload) => {
+                let same = self.snapshot.workload(&workload.uid) == Some(&workload);
+                (!same).then_some(resolve::Change::Workload(workload))
+            }
+            Change::AddressGone(name) => {
+                let uid = WorkloadUid(name);
+                if self.snapshot.workload(&uid).is_some() {
+                    return Some(resolve::Change::NoWorkload(uid));
+                }
+                let key: NamespacedHostname = uid.0.parse().ok()?;
+                let held = self.snapshot.service(&key).is_some();
+                held.then_some(resolve::Change::NoService(key))
+            }
+            Change::Policy(_) | Change::PolicyGone(_) => None,
+        }
+    }
+
+    fn next_policies(&self, changes: impl Iterator<Item = Change>) -> Option<Policies> {
+        let mut next: Option<ByKey> = None;
+        let mut edit = |edit: &dyn Fn(&mut ByKey)| {
+            edit(next.get_or_insert_with(|| {
+                let held = self.policies.iter();
+                held.map(|policy| (policy.key.clone(), Arc::clone(policy)))
+                    .collect()
+            }));
+        };
+        for change in changes {
+            match change {
+                Change::Policy(policy) if self.policies.get(&policy.key) != Some(&policy) => {
+                    edit(&|map| drop(map.insert(policy.key.clone(), Arc::clone(&policy))));
+                }
+                Change::PolicyGone(name) => {
+                    if let Ok(key) = name.parse::<PolicyKey>()
+                        && self.policies.get(&key).is_some()
+                    {
+                        edit(&|map| drop(map.remove(&key)));
+                    }
+                }
+                Change::AddressGone(_)
+                | Change::Policy(_)
+                | Change::Service(_)
+                | Change::Workload(_) => {}
+            }
+        }
+        next.map(|map| Policies::new(map.into_values()))
+    }
+
     /// The world that follows this one, with everything replaced.
     #[must_use]
     pub fn next(
@@ -36,6 +138,8 @@ impl World {
     }
 }
 
+type ByKey = HashMap<PolicyKey, Arc<Policy>>;
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -43,7 +147,6 @@ mod tests {
     use super::*;
     use crate::authz::{PlaintextVerdict, plaintext_verdict};
     use crate::control::parse;
-    use crate::model::WorkloadUid;
 
     #[test]
     fn the_annotated_example_is_a_mesh_whose_server_takes_no_plaintext() {

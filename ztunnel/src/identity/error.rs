@@ -10,6 +10,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::model::{Reason, SpiffeId, ToReason};
+use crate::rpc;
 
 /// Why there is no certificate. Cheap to clone: everybody who waits for the same certificate gets
 /// the same error.
@@ -29,6 +30,28 @@ pub enum Error {
         path: PathBuf,
         /// Its permission bits.
         mode: u32,
+    },
+    /// The mesh's CA answered without a certificate.
+    #[error("the CA's answer for {0} is empty")]
+    CaEmpty(SpiffeId),
+    /// The mesh's CA answered without its root.
+    #[error("the CA's answer for {0} has no root: a leaf and a root are the least")]
+    CaNoRoot(SpiffeId),
+    /// The mesh's CA refused, or was not reached.
+    #[error("the CA gave no certificate for {id}")]
+    CaRefused {
+        /// Whose certificate.
+        id: SpiffeId,
+        /// What it said.
+        source: Arc<rpc::Error>,
+    },
+    /// The mesh's CA signed something else than was asked for.
+    #[error("the CA was asked for {id} and answered for {}", if named.is_empty() { "nobody" } else { named })]
+    CaWrongIdentity {
+        /// Whose certificate was asked for.
+        id: SpiffeId,
+        /// Whose came.
+        named: String,
     },
     /// A file of the CA is not what its name says.
     #[error("{} is not a PEM {expected}: restore it, or remove the whole pair to create a new root", path.display())]
@@ -126,6 +149,24 @@ pub enum Error {
         /// Whose certificate.
         id: SpiffeId,
     },
+    /// The mesh's CA does not see a pod of that identity on this node, perhaps not yet.
+    #[error("the CA does not know a pod of {id} on this node (yet)")]
+    NotYetKnown {
+        /// Whose certificate.
+        id: SpiffeId,
+        /// What it said.
+        source: Arc<rpc::Error>,
+    },
+    /// A certificate that begins later than now.
+    #[error(
+        "the new certificate of {id} is valid only in {early:?}: compare the clock of this host with that of the CA"
+    )]
+    NotYetValid {
+        /// Whose certificate.
+        id: SpiffeId,
+        /// How far in the future it begins.
+        early: Duration,
+    },
     /// The signature could not be made.
     #[error("sign the certificate of {id}")]
     Sign {
@@ -148,6 +189,7 @@ impl ToReason for Error {
     fn to_reason(&self) -> Reason {
         match self {
             Self::CaDirectoryExposed { .. }
+            | Self::CaEmpty(_)
             | Self::CaExpired(_)
             | Self::CaGarbage { .. }
             | Self::CaIncomplete { .. }
@@ -155,14 +197,19 @@ impl ToReason for Error {
             | Self::CaKeyExposed { .. }
             | Self::CaKeyMismatch { .. }
             | Self::CaLocked(_)
+            | Self::CaNoRoot(_)
             | Self::CaNotAuthority(_)
             | Self::CaOwnedByOther { .. }
+            | Self::CaRefused { .. }
             | Self::CaSign { .. }
             | Self::CaUnusable { .. }
+            | Self::CaWrongIdentity { .. }
             | Self::Credentials { .. }
             | Self::Expired(_)
             | Self::Forgotten(_)
             | Self::Malformed { .. }
+            | Self::NotYetKnown { .. }
+            | Self::NotYetValid { .. }
             | Self::Sign { .. }
             | Self::TimedOut { .. } => Reason::IdentityUnavailable,
         }

@@ -2,9 +2,11 @@
 //! can use; never opens a connection and never judges policy.
 
 mod ca;
+mod csr;
 mod directory;
 mod error;
 mod followed;
+mod source;
 mod store;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -12,7 +14,9 @@ mod tls;
 mod verify;
 
 pub use ca::{Issued, Issuer, LocalCa};
+pub use csr::RemoteCa;
 pub use error::Error;
+pub use source::Ca;
 pub use store::{Clock, Params, Store};
 pub use tls::{Credentials, Versions};
 pub use verify::{peer_identities, peer_identity};

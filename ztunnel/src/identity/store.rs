@@ -12,13 +12,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
+use rustls_pki_types::CertificateDer;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::ca::Issuer;
 use super::error::Error;
 use super::tls::{Credentials, Versions};
-use crate::model::SpiffeId;
+use crate::model::{Chain, SpiffeId};
 
 /// Tells the wall-clock time.
 pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
@@ -214,7 +215,7 @@ impl Store {
             return; // forgotten meanwhile
         };
         entry.busy = false;
-        entry.urgency = Urgency::Early;
+        entry.urgency = Urgency::Renewal;
         match result {
             Ok(credentials) => {
                 let left = credentials
@@ -224,17 +225,28 @@ impl Store {
                 // Pods that started together should not renew together.
                 let jitter = left.mul_f64(fastrand::f64() * RENEWAL_JITTER);
                 entry.due = now + (left / 2 + jitter).max(RENEWAL_MIN);
+                entry.issued = now;
                 entry.failures = 0;
                 entry.failed = None;
+                let roots = credentials.roots().to_vec();
                 entry
                     .state
                     .send_replace(State::Ready(Arc::new(credentials)));
+                entries.renew_those_with_other_roots(&roots, now);
             }
             Err(error) => {
-                let cause: &dyn std::error::Error = &error;
-                tracing::warn!(%id, error = cause, "no certificate");
-                entry.due = now + self.backoff(entry.failures);
+                tracing::warn!(%id, error = %Chain(&error), "no certificate");
+                let soon = matches!(error, Error::NotYetKnown { .. });
+                entry.due = now + self.backoff(entry.failures, soon);
                 entry.failures = entry.failures.saturating_add(1);
+                // Whoever waits for a pod that the CA is about to see goes on waiting, for a while.
+                if soon
+                    && entry.failures <= SOON_TRIES
+                    && matches!(*entry.state.borrow(), State::Waiting)
+                {
+                    entry.urgency = Urgency::Wanted;
+                    return;
+                }
                 entry.failed = Some((now, error.clone()));
                 entry.state.send_if_modified(|state| {
                     let useless = match state {
@@ -250,13 +262,16 @@ impl Store {
         }
     }
 
-    fn backoff(&self, failures: u32) -> Duration {
-        let doubled = self
-            .params
-            .backoff_min
-            .saturating_mul(1 << failures.min(16));
+    /// The pause before the next attempt; a short one if it may succeed `soon`.
+    fn backoff(&self, failures: u32, soon: bool) -> Duration {
+        let (first, longest) = if soon {
+            (SOON_MIN, SOON_MAX)
+        } else {
+            (self.params.backoff_min, self.params.backoff_max)
+        };
+        let doubled = first.saturating_mul(1 << failures.min(16));
         let spread = 1.0 - BACKOFF_JITTER + fastrand::f64() * 2.0 * BACKOFF_JITTER;
-        doubled.min(self.params.backoff_max).mul_f64(spread)
+        doubled.min(longest).mul_f64(spread)
     }
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
@@ -279,9 +294,30 @@ struct Entries {
     ended: bool,
 }
 
+impl Entries {
+    /// The CA has other roots now: what is held does not trust what it signs from here on.
+    // PROTOCOL.md#root-rotation
+    fn renew_those_with_other_roots(&mut self, roots: &[CertificateDer<'_>], now: Instant) {
+        for entry in self.by_id.values_mut().filter(|entry| !entry.busy) {
+            let other = match &*entry.state.borrow() {
+                State::Ready(held) => held.roots() != roots,
+                State::Waiting | State::Failed(_) => false,
+            };
+            if other {
+                let spread = ROOTS_SPREAD.mul_f64(fastrand::f64());
+                // CAs that disagree about their roots must not keep us busy.
+                let soonest = now.max(entry.issued + ROOTS_AGE_MIN);
+                entry.due = entry.due.min(soonest + spread);
+            }
+        }
+    }
+}
+
 struct Entry {
     state: watch::Sender<State>,
     due: Instant,
+    /// When the certificate that it has came.
+    issued: Instant,
     urgency: Urgency,
     busy: bool,
     failures: u32,
@@ -293,6 +329,7 @@ impl Entry {
         Self {
             state: watch::Sender::new(State::Waiting),
             due: Instant::now(),
+            issued: Instant::now(),
             urgency,
             busy: false,
             failures: 0,
@@ -307,6 +344,8 @@ enum Urgency {
     Wanted,
     /// Nobody waits yet.
     Early,
+    /// There is one that serves.
+    Renewal,
 }
 
 enum State {
@@ -362,6 +401,15 @@ async fn at(instant: Option<Instant>) {
 const RENEWAL_JITTER: f64 = 0.05;
 /// Not sooner, however short a life is left: a root that is about to expire must not keep us busy.
 const RENEWAL_MIN: Duration = Duration::from_secs(5);
+/// Over how much time certificates are renewed after the CA's roots changed.
+const ROOTS_SPREAD: Duration = Duration::from_secs(10);
+/// How old a certificate is before that at least.
+const ROOTS_AGE_MIN: Duration = Duration::from_secs(5);
+/// The pauses while the CA has not seen a pod yet: it does so moments after we have.
+const SOON_MIN: Duration = Duration::from_millis(100);
+const SOON_MAX: Duration = Duration::from_secs(10);
+/// How often that is tried before those who wait are told.
+const SOON_TRIES: u32 = 4;
 /// Part of the pause by which an attempt may come earlier or later.
 const BACKOFF_JITTER: f64 = 0.2;
 

@@ -44,6 +44,7 @@ pub struct Credentials {
     id: SpiffeId,
     chain: Vec<CertificateDer<'static>>,
     roots: Roots,
+    root_certificates: Vec<CertificateDer<'static>>,
     not_before: SystemTime,
     not_after: SystemTime,
     server: Arc<ServerConfig>,
@@ -70,6 +71,7 @@ impl Credentials {
             id,
             chain: issued.chain,
             roots,
+            root_certificates: issued.roots,
             not_before,
             not_after,
             server: Arc::new(server),
@@ -87,6 +89,12 @@ impl Credentials {
     #[must_use]
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.chain
+    }
+
+    /// The roots that vouch for peers.
+    #[must_use]
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.root_certificates
     }
 
     /// When validity begins.

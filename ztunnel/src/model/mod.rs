@@ -3,6 +3,7 @@
 #![warn(clippy::wildcard_enum_match_arm, missing_docs)]
 
 mod addr;
+mod chain;
 mod flow;
 mod identity;
 mod policy;
@@ -16,6 +17,7 @@ pub use addr::{
     AppAddr, ClientAddr, InvalidNetworkAddr, ListenAddr, NetworkAddr, OrigDst, UpstreamAddr,
     canonical,
 };
+pub use chain::Chain;
 pub use flow::{Direction, Flow, Meter, SecurityPolicy};
 pub use identity::{InvalidSpiffeId, SpiffeId, TrustDomain};
 pub use policy::{

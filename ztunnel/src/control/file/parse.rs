@@ -1,8 +1,8 @@
 //! The local file. Takes its text, gives workloads, services, policies and pods, all checked, or
 //! the place and the reason of the first fault; never gives a part of a file.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde_saphyr::{Location, MessageFormatter as _, Spanned, UserMessageFormatter};
 
 use super::shape;
-use crate::control::Error;
+use crate::control::{Change, Error};
 use crate::model::{NetworkAddr, NetworkMode, PodRef, Policy, Service, Workload};
 
 /// Everything that a file says.
@@ -25,6 +25,47 @@ pub struct State {
     pub policies: Vec<Arc<Policy>>,
     /// The pods of this node that are to be enrolled.
     pub pods: Vec<PodEntry>,
+}
+
+impl State {
+    /// What is different from an earlier state of the same file, pods apart. What is the same may be among it.
+    #[must_use]
+    pub fn changes_since(&self, before: &Self) -> Vec<Change> {
+        let services: HashSet<_> = self.services.iter().map(|service| &service.key).collect();
+        let workloads: HashSet<_> = self
+            .workloads
+            .iter()
+            .map(|workload| &workload.uid)
+            .collect();
+        let policies: HashSet<_> = self.policies.iter().map(|policy| &policy.key).collect();
+        let gone = |name: String| -> Arc<str> { name.into() };
+        let mut changes = Vec::new();
+        for old in before
+            .services
+            .iter()
+            .filter(|old| !services.contains(&old.key))
+        {
+            changes.push(Change::AddressGone(gone(old.key.to_string())));
+        }
+        for old in before
+            .workloads
+            .iter()
+            .filter(|old| !workloads.contains(&old.uid))
+        {
+            changes.push(Change::AddressGone(Arc::clone(&old.uid.0)));
+        }
+        for old in before
+            .policies
+            .iter()
+            .filter(|old| !policies.contains(&old.key))
+        {
+            changes.push(Change::PolicyGone(gone(old.key.to_string())));
+        }
+        changes.extend(self.services.iter().map(Arc::clone).map(Change::Service));
+        changes.extend(self.workloads.iter().map(Arc::clone).map(Change::Workload));
+        changes.extend(self.policies.iter().map(Arc::clone).map(Change::Policy));
+        changes
+    }
 }
 
 /// A pod to enrol.
