@@ -6,6 +6,8 @@
 //! Topology ── nodes and pods        MeshFile ── what the node processes are told
 //! Sniffer  ── the wire              Node     ── a `ztunnel proxy`, its log, metrics, lines
 //! apps     ── servers and clients   inspect  ── what must not change, what must not remain
+//! Cluster  ── the real control plane: etcd, kube-apiserver, istiod
+//! ControlPlane ── discovery and a CA that speak the real protocols and misbehave on command
 //! ```
 //!
 //! Everything created carries [`topology::Topology::prefix`] in its name. A value's `Drop` removes
@@ -21,6 +23,8 @@
 pub mod access;
 pub mod apps;
 pub mod bulk;
+pub mod control_plane;
+mod grpc;
 pub mod http;
 pub mod inspect;
 pub mod leftovers;
@@ -31,6 +35,7 @@ pub mod netns;
 pub mod peer;
 pub mod process;
 pub mod programs;
+pub mod proto;
 pub mod reaper;
 mod sys;
 pub mod topology;

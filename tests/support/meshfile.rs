@@ -164,7 +164,15 @@ impl MeshFile {
                 .iter()
                 .for_each(|policy| text.push_str(&list_item(policy)));
         }
-        text.push_str("pods:\n");
+        text.push_str(&self.pods_of(node));
+        text.push_str(&self.verbatim);
+        text
+    }
+
+    /// The part of the file that lists the pods of one node: for a node that hears of everything else elsewhere.
+    #[must_use]
+    pub fn pods_of(&self, node: &str) -> String {
+        let mut text = String::from("pods:\n");
         let ours = |pod: &&Pod| pod.node == node && self.enrolled.contains(&pod.name);
         if !self.pods.iter().any(|pod| ours(&pod)) {
             text.truncate(text.len() - 1);
@@ -181,7 +189,6 @@ impl MeshFile {
             item.extend(self.pod_settings.get(&pod.name).map(String::as_str));
             text.push_str(&list_item(&item));
         }
-        text.push_str(&self.verbatim);
         text
     }
 

@@ -154,12 +154,13 @@ fn clock(elapsed: Duration) -> String {
 }
 
 /// First the harness proves itself. The benchmark's own tests are here because plain `cargo test` does not build it.
-const E2E: [&str; 5] = [
+const E2E: [&str; 6] = [
     "--package=ztunnel-tests",
     "--package=ztunnel-bench",
     "--bin=ztunnel-bench",
     "--test=harness",
     "--test=netns",
+    "--test=control",
 ];
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const RUN_LIMIT: Duration = Duration::from_secs(15 * 60);

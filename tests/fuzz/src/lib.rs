@@ -7,6 +7,8 @@
 pub mod control;
 #[path = "../../../ztunnel/src/model/mod.rs"]
 pub mod model;
+#[path = "../../../ztunnel/src/proto.rs"]
+pub mod proto;
 pub mod tls;
 #[path = "../../../ztunnel/src/wire/mod.rs"]
 pub mod wire;
