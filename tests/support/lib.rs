@@ -23,6 +23,7 @@
 pub mod access;
 pub mod apps;
 pub mod bulk;
+pub mod cluster;
 pub mod control_plane;
 mod grpc;
 pub mod http;

@@ -70,7 +70,7 @@ impl House {
     }
 }
 
-/// Where a program of this name is, among the directories of `PATH`, those of root, and cargo's own.
+/// Where a program of this name is, among the directories of `PATH`, those of root, cargo's own and Go's.
 pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     search_dirs()
         .into_iter()
@@ -124,6 +124,7 @@ fn search_dirs() -> Vec<PathBuf> {
     for dir in [
         cargo_bin(),
         "/usr/local/sbin".into(),
+        "/usr/local/go/bin".into(),
         "/usr/sbin".into(),
         "/sbin".into(),
     ] {

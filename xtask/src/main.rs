@@ -18,6 +18,7 @@
 
 mod bench;
 mod check;
+mod cluster;
 mod compatibility;
 mod demo;
 mod envoy;
@@ -53,7 +54,7 @@ enum Verb {
     /// Look where the time goes: a flame graph and system calls under a scenario's load.
     Profile(bench::Args),
     /// Install what is missing and build the eBPF object.
-    Setup,
+    Setup(setup::Args),
     /// Format, lints, floors, docs, licences, COMPATIBILITY.md.
     Check,
     /// Imports that go up or sideways.
@@ -82,7 +83,7 @@ fn run(house: &House, verb: Verb) -> Result<bool> {
         Verb::Demo(args) => demo::run(&args, || setup::node(house)),
         Verb::Bench(args) => bench::run(house, &args),
         Verb::Profile(args) => bench::profile(house, &args),
-        Verb::Setup => setup::run(house),
+        Verb::Setup(args) => setup::run(house, &args),
         Verb::Check => check::run(house),
         Verb::Floors => floors::run(house),
         Verb::Test(args) => test::run(house, &args),

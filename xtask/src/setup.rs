@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::cluster;
 use crate::envoy;
 use crate::house::{self, House};
 use crate::process;
@@ -32,13 +33,32 @@ pub(crate) enum Purpose {
     Bench,
     /// Looking into a process under load, for `cargo xtask profile`.
     Profile,
+    /// etcd, kube-apiserver and istiod.
+    ControlPlane,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Also what takes many minutes to build, and only some tests need.
+    #[arg(long, value_enum)]
+    with: Vec<Extra>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Extra {
+    /// etcd, kube-apiserver, istiod and their command lines.
+    #[value(name = "controlplane")]
+    ControlPlane,
 }
 
 /// The verb: everything that any verb needs.
-pub(crate) fn run(house: &House) -> Result<bool> {
-    use Purpose::{Bench, Build, Check, Envoy, Fuzz, Kernels, Pods, Profile};
-    let all = [Build, Check, Pods, Kernels, Fuzz, Envoy, Bench, Profile];
-    ensure(house, &all)?;
+pub(crate) fn run(house: &House, args: &Args) -> Result<bool> {
+    use Purpose::{Bench, Build, Check, ControlPlane, Envoy, Fuzz, Kernels, Pods, Profile};
+    let mut purposes = vec![Build, Check, Pods, Kernels, Fuzz, Envoy, Bench, Profile];
+    if args.with.contains(&Extra::ControlPlane) {
+        purposes.push(ControlPlane);
+    }
+    ensure(house, &purposes)?;
     Ok(true)
 }
 
@@ -73,6 +93,9 @@ pub(crate) fn ensure(house: &House, purposes: &[Purpose]) -> Result<()> {
     }
     let fetched = purposes.contains(&Purpose::Envoy) && envoy::fetch(house)?;
     let rebuilt = build_object(house, toolchain)?;
+    if purposes.contains(&Purpose::ControlPlane) {
+        cluster::build(house)?;
+    }
     if missing.is_empty() && linker && !rebuilt && !fetched {
         println!(
             "setup: everything is there ({} tools, {toolchain}, eBPF object), {:.1} s",
@@ -427,6 +450,7 @@ const TOOLS: &[Tool] = {
     use When::{DebianLints, DebianToolchain, NoLinker};
     const BUILD: When = When::Purpose(Purpose::Build);
     const PODS: When = When::Purpose(Purpose::Pods);
+    const CONTROL_PLANE: When = When::Purpose(Purpose::ControlPlane);
     const KERNELS: When = When::Purpose(Purpose::Kernels);
     const FUZZ: When = When::Purpose(Purpose::Fuzz);
     const ENVOY: When = When::Purpose(Purpose::Envoy);
@@ -572,5 +596,11 @@ const TOOLS: &[Tool] = {
             "samples a process's stacks",
         ),
         tool("strace", Program("strace"), PROFILE, "counts system calls"),
+        tool(
+            "golang-go",
+            Program("go"),
+            CONTROL_PLANE,
+            "builds the control plane (1.21 or later)",
+        ),
     ]
 };

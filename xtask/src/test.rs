@@ -17,7 +17,7 @@ use crate::tally::{self, Tally};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Only this stage; all of them, in this order, without.
+    /// Only this stage; without, all of them in this order, but `controlplane`.
     #[arg(value_enum)]
     stage: Option<Stage>,
 }
@@ -32,6 +32,9 @@ enum Stage {
     Bpf,
     /// Nodes and pods as namespaces, real programs; root.
     E2e,
+    /// Node processes under a real istiod and kube-apiserver, built once in some ten minutes; root.
+    #[value(name = "controlplane")]
+    ControlPlane,
     /// The BPF suite and a smoke test on Debian's 6.1 and 6.12.
     Kernels,
     /// Every fuzz target, a few seconds.
@@ -42,9 +45,7 @@ enum Stage {
 pub(crate) fn run(house: &House, args: &Args) -> Result<bool> {
     let start = Instant::now();
     let mut tally = Tally::new(house)?;
-    let stages = args
-        .stage
-        .map_or_else(|| Stage::value_variants().to_vec(), |stage| vec![stage]);
+    let stages = args.stage.map_or_else(Stage::usual, |stage| vec![stage]);
     for stage in &stages {
         let began = Instant::now();
         println!("── {} ── at {}", stage.name(), clock(start.elapsed()));
@@ -64,12 +65,19 @@ pub(crate) fn run(house: &House, args: &Args) -> Result<bool> {
 }
 
 impl Stage {
+    /// What takes many minutes to build before its first test is for those who ask for it.
+    fn usual() -> Vec<Self> {
+        let all = Self::value_variants().iter().copied();
+        all.filter(|stage| *stage != Self::ControlPlane).collect()
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Check => "check",
             Self::Unit => "unit",
             Self::Bpf => "bpf",
             Self::E2e => "e2e",
+            Self::ControlPlane => "controlplane",
             Self::Kernels => "kernels",
             Self::Fuzz => "fuzz",
         }
@@ -104,6 +112,17 @@ impl Stage {
                 build.args(["build", "--locked", "--package=ztunnel"]);
                 process::must(build, BUILD_LIMIT)?;
                 libtest(house, tally, self.name(), &E2E, "2")
+            }
+            Self::ControlPlane => {
+                needs_root()?;
+                setup::ensure(
+                    house,
+                    &[Purpose::Build, Purpose::Pods, Purpose::ControlPlane],
+                )?;
+                let mut build = house.cargo();
+                build.args(["build", "--locked", "--package=ztunnel"]);
+                process::must(build, BUILD_LIMIT)?;
+                libtest(house, tally, self.name(), &ISTIOD, "1")
             }
             Self::Kernels => {
                 setup::ensure(house, &[Purpose::Build, Purpose::Pods, Purpose::Kernels])?;
@@ -162,6 +181,7 @@ const E2E: [&str; 6] = [
     "--test=netns",
     "--test=control",
 ];
+const ISTIOD: [&str; 2] = ["--package=ztunnel-tests", "--test=istiod"];
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const RUN_LIMIT: Duration = Duration::from_secs(15 * 60);
 /// Unit tests share nothing.
