@@ -66,6 +66,20 @@ fn refuses(topology: &Topology, text: &str, settings: Settings, says: &[&str]) -
     Ok(())
 }
 
+#[test]
+fn a_broken_revocation_list_is_refused_at_the_start() -> Result<()> {
+    let topology = pods().build()?;
+    let text = MeshFile::of(&topology).for_node("a");
+    let path = topology.directory()?.join("crl.pem");
+    fs::write(
+        &path,
+        "-----BEGIN X509 CRL-----\nMAMCAQE=\n-----END X509 CRL-----\n",
+    )?;
+    let name = path.display().to_string();
+    let settings = Settings::of(&topology)?.env("CRL_PATH", &name);
+    refuses(&topology, &text, settings, &[&name, "revocation list 1"])
+}
+
 /// A file that is wrong, and what the answer must name.
 struct Bad {
     name: &'static str,

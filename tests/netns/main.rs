@@ -9,6 +9,7 @@
     reason = "real time: nothing here runs on a paused clock"
 )]
 
+mod crl;
 mod drain;
 mod enrolment;
 mod exclusions;

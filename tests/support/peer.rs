@@ -11,8 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail, ensure};
-use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
+use anyhow::{Context as _, Result, bail, ensure};
+use rcgen::{
+    CertificateParams, CertificateRevocationListParams, ExtendedKeyUsagePurpose, Issuer,
+    KeyIdMethod, KeyPair, RevokedCertParams, SanType,
+};
 use rustls::{
     ClientConfig, ClientConnection, ConnectionCommon, DigitallySignedStruct, ServerConfig,
     ServerConnection, SignatureScheme, StreamOwned,
@@ -20,6 +23,7 @@ use rustls::{
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime},
 };
+use x509_parser::{certificate::X509Certificate, prelude::FromDer as _};
 
 use crate::{apps, netns::Netns, topology::Topology};
 
@@ -63,6 +67,12 @@ impl Identity {
         })
     }
 
+    /// Its certificate, in DER.
+    pub fn certificate(&self) -> Result<&[u8]> {
+        let leaf = self.chain.first().context("no certificate")?;
+        Ok(leaf)
+    }
+
     fn server(&self) -> Result<Arc<ServerConfig>> {
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -81,6 +91,35 @@ impl Identity {
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Arc::new(config))
     }
+}
+
+/// The mesh's own list of these revoked certificates, as PEM, and whether it is out of date.
+pub fn revocation_list(topology: &Topology, revoked: &[&[u8]], expired: bool) -> Result<String> {
+    let ca = topology.directory()?.join("ca");
+    let read = |name| fs::read_to_string(ca.join(name));
+    let root_key = KeyPair::from_pem(&read("root-key.pem")?)?;
+    let root = Issuer::from_ca_cert_pem(&read("root-cert.pem")?, root_key)?;
+    let day = Duration::from_secs(24 * 3600);
+    let now = std::time::SystemTime::now();
+    let mut revoked_certs = Vec::new();
+    for certificate in revoked {
+        let (_, certificate) = X509Certificate::from_der(certificate)?;
+        revoked_certs.push(RevokedCertParams {
+            serial_number: certificate.raw_serial().to_vec().into(),
+            revocation_time: (now - 3 * day).into(),
+            reason_code: None,
+            invalidity_date: None,
+        });
+    }
+    let params = CertificateRevocationListParams {
+        this_update: (now - 2 * day).into(),
+        next_update: if expired { now - day } else { now + day }.into(),
+        crl_number: 1.into(),
+        issuing_distribution_point: None,
+        revoked_certs,
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    Ok(params.signed_by(&root)?.pem()?)
 }
 
 /// A place where node processes find an HBONE server.
@@ -194,6 +233,13 @@ impl Client {
             stream.conn.complete_io(&mut stream.sock)?;
         }
         Ok(Self { stream })
+    }
+
+    /// The certificate that the server has shown, in DER.
+    pub fn certificate(&self) -> Result<Vec<u8>> {
+        let chain = self.stream.conn.peer_certificates();
+        let leaf = chain.and_then(<[_]>::first).context("no certificate")?;
+        Ok(leaf.to_vec())
     }
 
     /// Connects and begins HTTP/2.

@@ -21,11 +21,11 @@ use crate::authz::{self, plaintext_verdict};
 use crate::capture::{self, Capture, PlaintextVerdict, PodSettings};
 use crate::config::Config;
 use crate::context;
-use crate::control::{Demander, PodEntry, World};
+use crate::control::{self, Demander, FileSource, PodEntry, World};
 use crate::drain;
 use crate::enrol::{Change, Enrolment, Wanted};
-use crate::identity::{self, Ca, LocalCa, RemoteCa, Store, Versions};
-use crate::mesh::{self, Mesh, Updates};
+use crate::identity::{self, Ca, LocalCa, RemoteCa, Revocations, Rules, Store, Versions};
+use crate::mesh::{self, Mesh, Reader, Updates};
 use crate::model::{Chain, SpiffeId};
 use crate::worker::{self, Order, Unserved, Worker};
 use crate::{stats, tunnel};
@@ -45,6 +45,9 @@ pub enum Error {
     /// The state's source.
     #[error(transparent)]
     Mesh(#[from] mesh::OpenError),
+    /// The file of revocation lists.
+    #[error(transparent)]
+    Revocations(#[from] control::Error),
     /// The CA.
     #[error(transparent)]
     Identity(#[from] identity::Error),
@@ -85,7 +88,9 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
     capture::preflight(&params).map_err(Error::Preflight)?;
     let (state, mut updates) = Updates::open(config)?;
     let ca = ca(config)?;
-    let store = Arc::new(Store::new(lifetime(config), Arc::new(wall_clock)));
+    let (revocations, _lists) = follow_revocations(config.crl_path.as_deref())?;
+    let certificates = certificates(config, revocations.clone());
+    let store = Arc::new(Store::new(certificates, Arc::new(wall_clock)));
     let accounts = Accounts::new(config.workers);
     accounts.register(log_rows);
     let readiness = Readiness::default();
@@ -106,6 +111,7 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
     let shared = Shared {
         accounts: &accounts,
         store: &store,
+        revocations,
         world: subscribe,
         unserved: tell_unserved,
         demander: updates.demander(),
@@ -401,6 +407,7 @@ const fn verdict(verdict: authz::PlaintextVerdict) -> PlaintextVerdict {
 struct Shared<'a> {
     accounts: &'a Accounts,
     store: &'a Arc<Store>,
+    revocations: Revocations,
     world: watch::Receiver<World>,
     unserved: mpsc::Sender<Unserved>,
     demander: Option<Demander>,
@@ -412,6 +419,7 @@ fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Er
             number,
             book: shared.accounts.book(number),
             store: Arc::clone(shared.store),
+            revocations: shared.revocations.clone(),
             tunnel: tunnel_params(config),
             settings: context::Settings {
                 original_source: config.original_source,
@@ -434,16 +442,52 @@ fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Er
     (0..config.workers).map(start).collect()
 }
 
-fn lifetime(config: &Config) -> identity::Params {
+fn certificates(config: &Config, revocations: Revocations) -> identity::Params {
     identity::Params {
         ttl: config.secret_ttl,
-        versions: if config.tls12 {
-            Versions::From12
-        } else {
-            Versions::Only13
+        rules: Rules {
+            versions: if config.tls12 {
+                Versions::From12
+            } else {
+                Versions::Only13
+            },
+            revocations,
         },
         ..identity::Params::default()
     }
+}
+
+/// The revocation lists of this file, and who replaces them when it changes. What it says at the
+/// start must be sound; what it says later is refused if it is not, and the lists before stay.
+// PROTOCOL.md#crl-file
+fn follow_revocations(file: Option<&Path>) -> Result<(Revocations, Option<Reader>), Error> {
+    let Some(file) = file else {
+        return Ok((Revocations::default(), None));
+    };
+    let (first, mut source) = FileSource::open_revocations(file)?;
+    match &first {
+        Some(lists) => info!(file = %file.display(), lists = lists.len(), "revocation lists"),
+        None => warn!(
+            file = %file.display(),
+            "no revocation lists: the file is missing, and looked for from now on"
+        ),
+    }
+    let (replace, revocations) = Revocations::followed(first.unwrap_or_default());
+    let reader = tokio::spawn(async move {
+        loop {
+            match source.changed().await {
+                Ok(lists) => {
+                    info!(lists = lists.len(), "revocation lists replaced");
+                    replace.send_replace(Arc::new(lists));
+                }
+                Err(error) => warn!(
+                    error = %Chain(&error),
+                    "revocation lists refused; those before stay"
+                ),
+            }
+        }
+    });
+    Ok((revocations, Some(Reader(reader))))
 }
 
 fn tunnel_params(config: &Config) -> tunnel::Params {

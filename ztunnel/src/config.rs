@@ -91,6 +91,8 @@ pub struct Config {
     pub ca: Option<rpc::Params>,
     /// The CA's directory.
     pub ca_dir: PathBuf,
+    /// The file of revoked certificates, if there is to be one.
+    pub crl_path: Option<PathBuf>,
     /// Where this node's programs and maps are pinned.
     pub bpf_pin_dir: PathBuf,
     /// The network that this node is on.
@@ -167,6 +169,9 @@ impl Config {
             ca: control_plane::ca(&env, xds.is_some())?,
             xds,
             ca_dir: env.path("CA_DIR", "/var/lib/ztunnel/ca"),
+            crl_path: Some(env.text("CRL_PATH"))
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from),
             bpf_pin_dir: env.path("BPF_PIN_DIR", BPF_PIN_DIR),
             network: env.text("NETWORK").into(),
             node: env.text("NODE_NAME").into(),
@@ -465,7 +470,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 43] = [
+const READ: [&str; 44] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
@@ -476,6 +481,7 @@ const READ: [&str; 43] = [
     "CA_ROOT_CA",
     "CLUSTER_ID",
     "CONNECTION_TERMINATION_DEADLINE",
+    "CRL_PATH",
     "ENABLE_ORIG_SRC",
     "ENABLE_RESPONSE_BAGGAGE",
     "FAKE_CA",
@@ -520,10 +526,9 @@ const READ_BY_PREFIX: [&str; 4] = [
 ];
 
 /// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 20] = [
+const KNOWN_TO_PEER: [&str; 19] = [
     "CLUSTER_DOMAIN",
     "COMPLIANCE_POLICY",
-    "CRL_PATH",
     "ENABLE_PROXY",
     "INPOD_ENABLED",
     "INPOD_PORT_REUSE",

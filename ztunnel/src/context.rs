@@ -26,7 +26,7 @@ use crate::authz::{Denied, DryRun, Live, Permit};
 use crate::capture::Dialer;
 use crate::control::{Demander, World};
 use crate::drain;
-use crate::identity::{self, Store};
+use crate::identity::{self, Credentials, Store};
 use crate::model::{AppAddr, Flow, PodRef, Reason, SpiffeId, ToReason, UpstreamAddr, Workload};
 use crate::tunnel::{self, Dial, Inside, Pool, Side as _};
 
@@ -120,6 +120,12 @@ impl Neighbours {
         self.0.borrow_mut().retain(|_, held| !held.ptr_eq(pod));
     }
 
+    /// All of them.
+    #[must_use]
+    pub fn all(&self) -> Vec<Rc<Context>> {
+        self.0.borrow().values().filter_map(Weak::upgrade).collect()
+    }
+
     /// The pod of this node that is this workload.
     #[must_use]
     pub fn pod_of(&self, workload: &Workload) -> Option<Rc<Context>> {
@@ -137,21 +143,39 @@ fn key(namespace: &Arc<str>, name: &Arc<str>) -> (Arc<str>, Arc<str>) {
     (Arc::clone(namespace), Arc::clone(name))
 }
 
-/// An identity and until when its certificate need not be looked for again: the store is shared by
-/// all threads, and a connection must not wait for another worker.
+/// What this node last knew to hold a certificate for, and until when it need not be looked for
+/// again: the store is shared by all threads, and a connection must not wait for another worker.
 #[derive(Debug, Default)]
-pub struct Attested(RefCell<Option<(SpiffeId, Instant)>>);
+pub struct Attested {
+    held: RefCell<Option<(Instant, Arc<Credentials>)>>,
+    lost: Notify,
+}
 
 impl Attested {
-    fn holds(&self, identity: &SpiffeId) -> bool {
-        let held = self.0.borrow();
-        held.as_ref()
-            .is_some_and(|(known, until)| known == identity && Instant::now() < *until)
+    /// Waits until a certificate is revoked on which connections of the pod stand that have no
+    /// tunnel. Cancel safe.
+    pub async fn lost(&self) {
+        self.lost.notified().await;
     }
 
-    fn remember(&self, identity: &SpiffeId, valid: Duration) {
+    /// Other lists of revoked certificates are in force.
+    pub fn recheck(&self) {
+        let mut held = self.held.borrow_mut();
+        if held.take_if(|(_, held)| held.is_revoked()).is_some() {
+            self.lost.notify_waiters();
+        }
+    }
+
+    fn holds(&self, identity: &SpiffeId) -> bool {
+        let held = self.held.borrow();
+        held.as_ref()
+            .is_some_and(|(until, known)| known.id() == identity && Instant::now() < *until)
+    }
+
+    fn remember(&self, credentials: Arc<Credentials>) {
+        let valid = credentials.valid_with(credentials.chain());
         let until = Instant::now() + valid.min(ATTESTED_FOR);
-        *self.0.borrow_mut() = Some((identity.clone(), until));
+        *self.held.borrow_mut() = Some((until, credentials));
     }
 }
 
@@ -209,8 +233,10 @@ impl Context {
             return Ok(());
         }
         let credentials = self.store.get(identity).await?;
-        let valid = credentials.valid_with(credentials.chain());
-        self.attested.remember(identity, valid);
+        if credentials.is_revoked() {
+            return Err(identity::Error::Revoked(identity.clone()));
+        }
+        self.attested.remember(credentials);
         Ok(())
     }
 

@@ -99,11 +99,13 @@ async fn request_to_end(request: Request, peer: &Peer, cx: &Context) {
         destination: peer.original,
         trace_id: trace.map_or_else(|| fastrand::u128(..), Traceparent::trace_id),
     });
-    let mut forced = cx.drain.clone();
+    let (mut forced, mut cut) = (cx.drain.clone(), request.tunnel());
     let end = tokio::select! {
         biased;
         end = walk(request, connect, peer, cx, &ledger) => end,
         reason = forced.forced() => Err(Failure::Forced(reason)),
+        // Dropping the walk resets both sides.
+        reason = cut.forced() => Err(Failure::Cut(reason)),
     };
     match end {
         Ok(()) => ledger.close(Reason::Complete, None),
@@ -228,6 +230,8 @@ fn asked(authority: &Authority) -> Asked {
 enum Failure {
     #[error("tell the application where the connection comes from")]
     Announce(#[source] io::Error),
+    #[error("the tunnel was cut: {0}")]
+    Cut(Reason),
     #[error("the TLS handshake was not finished, and its place was needed for another")]
     CrowdedOut,
     #[error(transparent)]
@@ -257,7 +261,7 @@ impl ToReason for Failure {
             Self::CrowdedOut => Reason::CrowdedOut,
             Self::NotAdmitted(e) => e.to_reason(),
             Self::Dial(e) => e.to_reason(),
-            Self::Forced(reason) => *reason,
+            Self::Cut(reason) | Self::Forced(reason) => *reason,
             Self::Identity(e) => e.to_reason(),
             Self::Malformed(e) => e.to_reason(),
             Self::NoIdentity => Reason::IdentityUnavailable,

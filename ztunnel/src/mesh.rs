@@ -43,7 +43,7 @@ pub struct Updates {
 
 /// Ends the reading task when it is dropped.
 #[derive(Debug)]
-struct Reader(JoinHandle<()>);
+pub(crate) struct Reader(pub(crate) JoinHandle<()>);
 
 impl Drop for Reader {
     fn drop(&mut self) {

@@ -25,7 +25,7 @@ use crate::context::{
 use crate::control::{Demander, World};
 use crate::drain;
 use crate::enrol::PodId;
-use crate::identity::Store;
+use crate::identity::{Revocations, Store};
 use crate::model::{PodRef, Reason};
 use crate::tunnel::{self, Pool};
 use crate::{inbound, logging, outbound, passthrough};
@@ -60,6 +60,8 @@ pub struct Params {
     pub book: Book,
     /// Certificates.
     pub store: Arc<Store>,
+    /// Which certificates are not taken any more.
+    pub revocations: Revocations,
     /// HBONE's parameters.
     pub tunnel: tunnel::Params,
     /// Settings of the walks.
@@ -160,14 +162,23 @@ struct Mesh {
     world: watch::Receiver<World>,
     view: Rc<View>,
     live: Live,
+    revocations: Revocations,
+    neighbours: Neighbours,
 }
 
 impl Mesh {
-    /// Waits for the next world and judges the open connections by it. False: there will be no
-    /// other. Cancel safe.
+    /// Waits for the next world, or for other lists of revoked certificates, and judges the open
+    /// connections by it. False: there will be no other world. Cancel safe.
     async fn follow(&mut self) -> bool {
-        if self.world.changed().await.is_err() {
-            return false;
+        tokio::select! {
+            changed = self.world.changed() => if changed.is_err() {
+                return false;
+            },
+            // Tunnels look for themselves.
+            () = self.revocations.changed() => {
+                self.neighbours.all().iter().for_each(|pod| pod.attested.recheck());
+                return true;
+            }
         }
         self.view.replace(self.world.borrow_and_update().clone());
         let now = self.view.world();
@@ -234,6 +245,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         number,
         book,
         store,
+        revocations,
         tunnel,
         settings,
         mut world,
@@ -242,11 +254,14 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
     } = params;
     let view = View::new(world.borrow_and_update().clone());
     let live = Live::default();
+    let neighbours = Neighbours::default();
     let mut mesh = Mesh {
         number,
         world,
         view: Rc::clone(&view),
         live: live.clone(),
+        revocations,
+        neighbours: neighbours.clone(),
     };
     let shared = Shared {
         view,
@@ -256,7 +271,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         store,
         tunnel: Rc::new(tunnel),
         settings,
-        neighbours: Neighbours::default(),
+        neighbours,
         names: Rc::default(),
     };
     let accepting = Accepting {

@@ -5,6 +5,7 @@
 //! sanitizer's compiler flags: minutes of building for code that no target reaches.
 
 pub mod control;
+pub mod identity;
 #[path = "../../../ztunnel/src/model/mod.rs"]
 pub mod model;
 #[path = "../../../ztunnel/src/proto.rs"]

@@ -111,12 +111,13 @@ impl EncodeLabelSet for Row {
 }
 
 /// Our own families: every connection, also those that ended before their labels were known.
-fn own(books: &[Book]) -> [Family; 5] {
+fn own(books: &[Book]) -> [Family; 6] {
     let mut closed = Vec::new();
     let mut opened = Vec::new();
     let mut open = Vec::new();
     let mut sockets = Vec::new();
     let mut by_path = Vec::new();
+    let mut revoked = Vec::new();
     for direction in [Direction::Inbound, Direction::Outbound] {
         let tallies = || books.iter().map(|book| book.tally(direction));
         // Endings are read before beginnings, so that their difference is never negative.
@@ -131,6 +132,10 @@ fn own(books: &[Book]) -> [Family; 5] {
         open.push(Row {
             labels: labels.clone(),
             value: beginnings.saturating_sub(ended),
+        });
+        revoked.push(Row {
+            labels: vec![("reporter", Cow::Borrowed(direction.reporter()))],
+            value: endings.get(&Reason::CertRevoked).copied().unwrap_or(0),
         });
         closed.extend(endings.into_iter().map(|(reason, value)| {
             let mut labels = labels.clone();
@@ -190,6 +195,12 @@ fn own(books: &[Book]) -> [Family; 5] {
             "Accepted sockets that are open",
             Kind::Gauge,
             sockets,
+        ),
+        family(
+            "istio_crl_policy_rejections",
+            "Connections that were refused or cut because a certificate is revoked",
+            Kind::Counter,
+            revoked,
         ),
     ]
 }

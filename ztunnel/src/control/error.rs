@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::identity::ListFault;
+
 /// Why there is no new state. The running state stays.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -59,6 +61,14 @@ pub enum Error {
         /// What the system says.
         source: io::Error,
     },
+    /// A list of revoked certificates in it cannot be used.
+    #[error("{}", file.display())]
+    Revocations {
+        /// The file.
+        file: PathBuf,
+        /// Which list, and why.
+        source: ListFault,
+    },
     /// It is larger than any mesh that one node serves.
     #[error("{}: more than {limit_bytes} bytes", file.display())]
     TooLarge {
@@ -67,6 +77,13 @@ pub enum Error {
         /// The largest that is read.
         limit_bytes: u64,
     },
+}
+
+impl Error {
+    /// Whether there is no such file.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
 }
 
 fn prefix(field: &str) -> String {

@@ -1,5 +1,6 @@
-//! A local file that is followed. Takes its path, gives the state at the start and then each state
-//! or fault that a change brings; never gives the same content twice, and never judges a fault.
+//! A local file that is followed. Takes its path, gives what it says at the start and then each
+//! content or fault that a change brings; never gives the same content twice, and never judges a
+//! fault.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -16,12 +17,14 @@ use tokio::time::Instant;
 
 use super::error::Error;
 use super::file::{MAX_FILE_BYTES, State, parse};
+use crate::identity::RevocationLists;
 
 /// A file whose changes are followed by the kernel's notifications and, for file systems that have
 /// none, by looking at it now and then.
 #[derive(Debug)]
-pub struct FileSource {
+pub struct FileSource<T> {
     path: PathBuf,
+    understand: Understand<T>,
     watch: Option<Watch>,
     wake: Arc<Notify>,
     next_look: Instant,
@@ -29,6 +32,9 @@ pub struct FileSource {
     due: bool,
     seen: Arc<Seen>,
 }
+
+/// What the bytes of a file say.
+type Understand<T> = fn(&Path, &[u8]) -> Result<T, Error>;
 
 /// The directories in which an event can mean a change.
 #[derive(Debug)]
@@ -62,22 +68,49 @@ struct Stamp {
 }
 
 /// What one look at the file brings.
-enum Look {
+enum Look<T> {
     /// It was written while it was read.
     InMotion,
     /// What was there before.
     Same(Seen),
     /// Something else.
-    New(Seen, Result<State, Error>),
+    New(Seen, Result<T, Error>),
 }
 
-impl FileSource {
-    /// Reads the file and begins to follow it. Blocks while it reads.
+impl FileSource<State> {
+    /// Reads the mesh file and begins to follow it. Blocks while it reads.
     ///
     /// # Errors
     /// When the file cannot be read or is not a valid state.
     pub fn open(path: impl Into<PathBuf>) -> Result<(State, Self), Error> {
-        let path = path.into();
+        let (bytes, source) = Self::follow(path.into(), understand);
+        let state = understand(&source.path, &bytes?)?;
+        Ok((state, source))
+    }
+}
+
+impl FileSource<RevocationLists> {
+    /// Reads a file of revocation lists and begins to follow it; `None` while there is no such
+    /// file. Blocks while it reads.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a list in it is malformed.
+    // PROTOCOL.md#crl-file
+    pub fn open_revocations(
+        path: impl Into<PathBuf>,
+    ) -> Result<(Option<RevocationLists>, Self), Error> {
+        let (bytes, source) = Self::follow(path.into(), revocations);
+        let lists = match bytes {
+            Ok(bytes) => Some(revocations(&source.path, &bytes)?),
+            Err(error) if error.is_missing() => None,
+            Err(error) => return Err(error),
+        };
+        Ok((lists, source))
+    }
+}
+
+impl<T: Send + 'static> FileSource<T> {
+    fn follow(path: PathBuf, understand: Understand<T>) -> (Result<Vec<u8>, Error>, Self) {
         let wake = Arc::new(Notify::new());
         // Before the first look, so that a change during it is not missed.
         let mut watch = Watch::new(&path, Arc::clone(&wake));
@@ -85,20 +118,20 @@ impl FileSource {
             watch.follow(&path);
         }
         let stamp = Stamp::of(&path);
-        let bytes = read(&path)?;
-        let state = understand(&path, &bytes)?;
+        let bytes = read(&path);
         let source = Self {
             path,
+            understand,
             watch,
             wake,
             next_look: Instant::now() + LOOK_EVERY,
             due: false,
             seen: Arc::new(Seen {
                 stamp,
-                content: Content::Bytes(bytes),
+                content: Content::of(&bytes),
             }),
         };
-        Ok((state, source))
+        (bytes, source)
     }
 
     /// The file.
@@ -107,12 +140,12 @@ impl FileSource {
         &self.path
     }
 
-    /// Waits until the content is another, and gives the new state. Cancel safe.
+    /// Waits until the content is another, and gives what it says. Cancel safe.
     ///
     /// # Errors
-    /// When the new content is not a valid state, or is gone. The next change is waited for as
-    /// if nothing had happened.
-    pub async fn changed(&mut self) -> Result<State, Error> {
+    /// When the new content is not valid, or is gone. The next change is waited for as if nothing
+    /// had happened.
+    pub async fn changed(&mut self) -> Result<T, Error> {
         loop {
             if !self.due {
                 self.woken().await;
@@ -120,7 +153,8 @@ impl FileSource {
             }
             self.settled().await;
             let (path, seen) = (self.path.clone(), Arc::clone(&self.seen));
-            let look = tokio::task::spawn_blocking(move || look(&path, &seen)).await;
+            let understand = self.understand;
+            let look = tokio::task::spawn_blocking(move || look(&path, &seen, understand)).await;
             match look {
                 Ok(Look::InMotion) => {}
                 Ok(Look::Same(seen)) => self.saw(seen),
@@ -233,26 +267,28 @@ impl Stamp {
     }
 }
 
-fn look(path: &Path, last: &Seen) -> Look {
+impl Content {
+    fn of(read: &Result<Vec<u8>, Error>) -> Self {
+        match read {
+            Ok(bytes) => Self::Bytes(bytes.clone()),
+            Err(error) => Self::Unreadable(error.to_string()),
+        }
+    }
+}
+
+fn look<T>(path: &Path, last: &Seen, understand: Understand<T>) -> Look<T> {
     let stamp = Stamp::of(path);
     let read = read(path);
     if Stamp::of(path) != stamp {
         return Look::InMotion;
     }
-    let (content, fault) = match read {
-        Ok(bytes) => (Content::Bytes(bytes), None),
-        Err(error) => (Content::Unreadable(error.to_string()), Some(error)),
-    };
+    let content = Content::of(&read);
     let same = content == last.content;
-    let outcome = match (&content, fault) {
-        (Content::Bytes(bytes), _) if !same => Some(understand(path, bytes)),
-        (_, fault) => fault.map(Err),
-    };
     let seen = Seen { stamp, content };
-    match outcome {
-        Some(outcome) if !same => Look::New(seen, outcome),
-        _ => Look::Same(seen),
+    if same {
+        return Look::Same(seen);
     }
+    Look::New(seen, read.and_then(|bytes| understand(path, &bytes)))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
@@ -282,6 +318,13 @@ fn understand(path: &Path, bytes: &[u8]) -> Result<State, Error> {
             valid_up_to: error.valid_up_to(),
         }),
     }
+}
+
+fn revocations(path: &Path, bytes: &[u8]) -> Result<RevocationLists, Error> {
+    RevocationLists::parse(bytes).map_err(|source| Error::Revocations {
+        file: path.to_owned(),
+        source,
+    })
 }
 
 /// The directory of the path and of each link on the way to the file. A directory link inside one

@@ -17,6 +17,7 @@ use x509_parser::prelude::FromDer as _;
 
 use super::directory::{Directory, Pair};
 use super::error::Error;
+use super::revocation::Revocations;
 use super::verify::Roots;
 use crate::model::SpiffeId;
 
@@ -136,7 +137,7 @@ impl LocalCa {
             return Err(Error::CaNotAuthority(self.path.clone()));
         };
         let issued = self.sign(&id, now, CLOCK_SKEW)?;
-        let roots = Roots::new(&issued.roots).map_err(unusable)?;
+        let roots = Roots::new(&issued.roots, Revocations::default()).map_err(unusable)?;
         let since_epoch = now
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();

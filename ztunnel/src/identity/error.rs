@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustls::CertificateError;
 use thiserror::Error;
 
 use crate::model::{Reason, SpiffeId, ToReason};
@@ -167,6 +168,9 @@ pub enum Error {
         /// How far in the future it begins.
         early: Duration,
     },
+    /// A revocation list names the certificate, or who signed it.
+    #[error("the certificate of {0} is revoked")]
+    Revoked(SpiffeId),
     /// The signature could not be made.
     #[error("sign the certificate of {id}")]
     Sign {
@@ -212,6 +216,16 @@ impl ToReason for Error {
             | Self::NotYetValid { .. }
             | Self::Sign { .. }
             | Self::TimedOut { .. } => Reason::IdentityUnavailable,
+            Self::Revoked(_) => Reason::CertRevoked,
         }
     }
+}
+
+/// Whether a TLS handshake failed because the peer's certificate is revoked. The TLS adapter gives
+/// the library's error inside an I/O error; there is no other way to it.
+#[must_use]
+pub fn is_revocation(handshake: &io::Error) -> bool {
+    let inner = handshake.get_ref();
+    let inner = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    inner == Some(&CertificateError::Revoked.into())
 }

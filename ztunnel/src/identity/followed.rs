@@ -1,6 +1,7 @@
 //! Certificate chains that this worker has followed to a root before. Takes a chain and, if need be,
 //! somebody who follows it; gives the same answer without the arithmetic; never keeps a refusal,
-//! never answers for a time outside the validity of any part, and never for another set of roots.
+//! never answers for a time outside the validity of any part, never for another set of roots, and
+//! never about revocation.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -12,15 +13,17 @@ use x509_parser::prelude::FromDer as _;
 
 /// What a chain was followed for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Role {
+pub enum Role {
+    /// To accept from.
     Client,
+    /// To connect to.
     Server,
 }
 
 /// A chain as it was shown, and what it was measured by.
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) struct Shown {
-    /// Which set of roots; another set, or another list of revocations, has another number.
+    /// Which set of roots; another set has another number.
     roots: u64,
     role: Role,
     /// Each certificate after its length.

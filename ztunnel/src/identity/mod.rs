@@ -2,10 +2,12 @@
 //! can use; never opens a connection and never judges policy.
 
 mod ca;
+mod crl;
 mod csr;
 mod directory;
 mod error;
 mod followed;
+mod revocation;
 mod source;
 mod store;
 #[cfg(test)]
@@ -14,9 +16,12 @@ mod tls;
 mod verify;
 
 pub use ca::{Issued, Issuer, LocalCa};
+pub use crl::{ListFault, RevocationLists};
 pub use csr::RemoteCa;
-pub use error::Error;
+pub use error::{Error, is_revocation};
+pub use followed::Role;
+pub use revocation::{Revocation, Revocations};
 pub use source::Ca;
 pub use store::{Clock, Params, Store};
-pub use tls::{Credentials, Versions};
+pub use tls::{Credentials, Rules, Versions};
 pub use verify::{peer_identities, peer_identity};

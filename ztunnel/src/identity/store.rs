@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::ca::Issuer;
 use super::error::Error;
-use super::tls::{Credentials, Versions};
+use super::tls::{Credentials, Rules};
 use crate::model::{Chain, SpiffeId};
 
 /// Tells the wall-clock time.
@@ -30,7 +30,7 @@ pub struct Params {
     /// The lifetime that is asked for.
     pub ttl: Duration,
     /// What the certificates are used with.
-    pub versions: Versions,
+    pub rules: Rules,
     /// How long the source may take to answer.
     pub issue_timeout: Duration,
     /// How many certificates are asked for at a time.
@@ -46,7 +46,7 @@ impl Default for Params {
     fn default() -> Self {
         Self {
             ttl: Duration::from_secs(24 * 3600),
-            versions: Versions::default(),
+            rules: Rules::default(),
             issue_timeout: Duration::from_secs(10),
             concurrency: 8,
             backoff_min: Duration::from_secs(1),
@@ -124,11 +124,13 @@ impl Store {
     pub async fn run(&self, issuer: &impl Issuer) {
         let _end = End(self);
         let mut running = Running(Vec::new());
+        let mut revocations = self.params.rules.revocations.clone();
         loop {
             let next = self.start_due(issuer, &mut running);
             tokio::select! {
                 (id, result) = std::future::poll_fn(|cx| running.poll(cx)) => self.finish(&id, result),
                 () = self.work.notified() => {}
+                () = revocations.changed() => self.renew_revoked(),
                 () = at(next) => {}
             }
         }
@@ -201,11 +203,35 @@ impl Store {
                 within,
             });
         };
-        let credentials = Credentials::new(id.clone(), issued?, self.params.versions)?;
+        let credentials = Credentials::new(id.clone(), issued?, self.params.rules.clone())?;
         if credentials.not_after() <= (self.clock)() {
             return Err(Error::Expired(id.clone()));
         }
+        if credentials.is_revoked() {
+            return Err(Error::Revoked(id.clone()));
+        }
         Ok(credentials)
+    }
+
+    /// Asks anew for what a list revokes now; until it comes, those who want it wait.
+    fn renew_revoked(&self) {
+        let now = Instant::now();
+        for (id, entry) in &mut self.entries().by_id {
+            entry.state.send_if_modified(|state| {
+                let revoked = match &*state {
+                    State::Ready(credentials) => credentials.is_revoked(),
+                    State::Waiting | State::Failed(_) => false,
+                };
+                if revoked {
+                    tracing::warn!(%id, "this node's own certificate is revoked, asking for another");
+                    *state = State::Waiting;
+                }
+                revoked
+            });
+            if matches!(&*entry.state.borrow(), State::Waiting) {
+                entry.due = entry.due.min(now);
+            }
+        }
     }
 
     fn finish(&self, id: &SpiffeId, result: Result<Credentials, Error>) {

@@ -7,11 +7,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams,
+    SanType,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls_pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, PrivatePkcs8KeyDer,
+};
 use time::OffsetDateTime;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer as _;
 
 use super::{Clock, Credentials, Error, Issued, Issuer, Params, Store, Versions};
 use crate::model::SpiffeId;
@@ -37,13 +42,57 @@ impl Authority {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let root = params.self_signed(&key).unwrap().der().clone();
         Self {
             issuer: rcgen::Issuer::new(params, key),
             root,
             asked: AtomicU32::new(0),
         }
+    }
+
+    /// An authority that this one vouches for; its root is the certificate in between.
+    pub(crate) fn below(&self) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        let name = rcgen::DnType::CommonName;
+        params.distinguished_name.push(name, "in between");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let root = params.signed_by(&key, &self.issuer).unwrap().der().clone();
+        Self {
+            issuer: rcgen::Issuer::new(params, key),
+            root,
+            asked: AtomicU32::new(0),
+        }
+    }
+
+    /// The list of these revoked certificates; it is out of date since an hour.
+    pub(crate) fn list(
+        &self,
+        revoked: &[&CertificateDer<'_>],
+    ) -> CertificateRevocationListDer<'static> {
+        let now = wall_clock();
+        let hours = |n: u64| Duration::from_secs(n * 3600);
+        let revoked = revoked.iter().map(|der| {
+            let (_, certificate) = X509Certificate::from_der(der).unwrap();
+            RevokedCertParams {
+                serial_number: certificate.raw_serial().to_vec().into(),
+                revocation_time: OffsetDateTime::from(now - hours(3)),
+                reason_code: None,
+                invalidity_date: None,
+            }
+        });
+        let params = CertificateRevocationListParams {
+            this_update: OffsetDateTime::from(now - hours(2)),
+            next_update: OffsetDateTime::from(now - hours(1)),
+            crl_number: 1.into(),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).unwrap().der().clone()
     }
 
     pub(crate) fn root(&self) -> CertificateDer<'static> {

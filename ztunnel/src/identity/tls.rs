@@ -11,12 +11,14 @@ use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider, kx_group};
 use rustls::server::NoServerSessionStorage;
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, ServerConfig, SupportedProtocolVersion};
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
 
 use super::ca::Issued;
 use super::error::Error;
+use super::followed::Role;
+use super::revocation::{Revocation, Revocations};
 use super::verify::{ClientVerifier, Roots, ServerVerifier};
 use crate::model::SpiffeId;
 
@@ -28,6 +30,24 @@ pub enum Versions {
     /// 1.3 alone.
     #[default]
     Only13,
+}
+
+/// By which rules both ends speak.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    /// Which versions.
+    pub versions: Versions,
+    /// Which certificates are not taken any more.
+    pub revocations: Revocations,
+}
+
+impl From<Versions> for Rules {
+    fn from(versions: Versions) -> Self {
+        Self {
+            versions,
+            ..Self::default()
+        }
+    }
 }
 
 impl Versions {
@@ -57,13 +77,17 @@ impl Credentials {
     ///
     /// # Errors
     /// When the chain is malformed, or does not fit the key.
-    pub fn new(id: SpiffeId, issued: Issued, versions: Versions) -> Result<Self, Error> {
+    pub fn new(id: SpiffeId, issued: Issued, rules: impl Into<Rules>) -> Result<Self, Error> {
+        let Rules {
+            versions,
+            revocations,
+        } = rules.into();
         let tls = |source| Error::Credentials {
             id: id.clone(),
             source,
         };
         let (not_before, not_after) = validity(&id, &issued.chain)?;
-        let roots = Roots::new(&issued.roots).map_err(tls)?;
+        let roots = Roots::new(&issued.roots, revocations).map_err(tls)?;
         let provider = Arc::new(provider(versions));
         let server = server_config(&id, &issued, &roots, &provider, versions)?;
         let client = client_config(&issued, &roots, &provider, versions).map_err(tls)?;
@@ -114,7 +138,7 @@ impl Credentials {
     // PROTOCOL.md#certificate-expiry
     #[must_use]
     pub fn valid_with(&self, peer: &[CertificateDer<'_>]) -> Duration {
-        let Some(now) = self.server.time_provider.current_time() else {
+        let Some(now) = self.now() else {
             return Duration::ZERO;
         };
         let theirs = validity(&self.id, peer).map(|(_, not_after)| not_after);
@@ -122,6 +146,44 @@ impl Credentials {
         end.duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default()
             .saturating_sub(Duration::from_secs(now.as_secs()))
+    }
+
+    /// Whether a list of now revokes this certificate itself, or who signed it.
+    #[must_use]
+    pub fn is_revoked(&self) -> bool {
+        let Some((leaf, intermediates)) = self.chain.split_first() else {
+            return false;
+        };
+        // By its own beginning: what is asked here is not whether it has expired.
+        let when = self.not_before.duration_since(SystemTime::UNIX_EPOCH);
+        let when = UnixTime::since_unix_epoch(when.unwrap_or_default());
+        self.roots
+            .is_revoked(Role::Server, leaf, intermediates, when)
+    }
+
+    /// Follows the revocation of this certificate and that of the verified peer of a tunnel, which
+    /// is in this role.
+    #[must_use]
+    pub fn revocation(self: &Arc<Self>, role: Role, peer: &[CertificateDer<'_>]) -> Revocation {
+        let since = self
+            .now()
+            .unwrap_or_else(|| UnixTime::since_unix_epoch(Duration::ZERO));
+        Revocation::new(self, (role, peer), since)
+    }
+
+    pub(super) fn is_peer_revoked(
+        &self,
+        role: Role,
+        peer: &[CertificateDer<'_>],
+        when: UnixTime,
+    ) -> bool {
+        peer.split_first().is_some_and(|(leaf, intermediates)| {
+            self.roots.is_revoked(role, leaf, intermediates, when)
+        })
+    }
+
+    pub(super) const fn revocations(&self) -> &Revocations {
+        self.roots.revocations()
     }
 
     /// For accepting tunnels: the peer must prove an identity in our trust domain.
@@ -142,6 +204,11 @@ impl Credentials {
                 expected: expected.to_vec(),
             }));
         Arc::new(config)
+    }
+
+    /// The time that verification goes by.
+    fn now(&self) -> Option<UnixTime> {
+        self.server.time_provider.current_time()
     }
 }
 

@@ -14,11 +14,16 @@ use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use webpki::{
+    CertRevocationList, EndEntityCert, ExpirationPolicy, KeyUsage, RevocationCheckDepth,
+    RevocationOptionsBuilder, UnknownStatusPolicy,
+};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
 
 use super::followed::{Role, Shown};
+use super::revocation::Revocations;
 use crate::model::{SpiffeId, TrustDomain};
 
 /// The identity of a verified client: the first SPIFFE URI of `trust_domain` among its leaf's names.
@@ -57,12 +62,16 @@ pub(super) struct Roots {
     number: u64,
     store: Arc<RootCertStore>,
     algorithms: WebPkiSupportedAlgorithms,
+    revocations: Revocations,
 }
 
 impl Roots {
     /// # Errors
     /// When one of them is not a certificate.
-    pub(super) fn new(roots: &[CertificateDer<'_>]) -> Result<Self, rustls::Error> {
+    pub(super) fn new(
+        roots: &[CertificateDer<'_>],
+        revocations: Revocations,
+    ) -> Result<Self, rustls::Error> {
         let mut store = RootCertStore::empty();
         for root in roots {
             store.add(root.clone().into_owned())?;
@@ -73,10 +82,15 @@ impl Roots {
             store: Arc::new(store),
             algorithms: rustls::crypto::aws_lc_rs::default_provider()
                 .signature_verification_algorithms,
+            revocations,
         })
     }
 
-    /// Follows a server's chain: anchor, validity, server-auth usage.
+    pub(super) const fn revocations(&self) -> &Revocations {
+        &self.revocations
+    }
+
+    /// Follows a server's chain: anchor, validity, server-auth usage, revocation.
     pub(super) fn verify_server(
         &self,
         leaf: &CertificateDer<'_>,
@@ -92,7 +106,85 @@ impl Roots {
                 now,
                 self.algorithms.all,
             )
-        })
+        })?;
+        self.verify_unrevoked(Role::Server, leaf, intermediates, now)
+    }
+
+    /// What the lists of now say of a chain that leads to a root. A chain that was followed before
+    /// is asked about each time.
+    fn verify_unrevoked(
+        &self,
+        role: Role,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        if self.is_revoked(role, leaf, intermediates, now) {
+            return Err(CertificateError::Revoked.into());
+        }
+        Ok(())
+    }
+
+    /// Whether a list names a certificate of this chain, which was followed at `when`. Issuers
+    /// without a list and lists that are out of date refuse nobody.
+    // PROTOCOL.md#crl-check
+    pub(super) fn is_revoked(
+        &self,
+        role: Role,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        when: UnixTime,
+    ) -> bool {
+        let Some(lists) = self.revocations.lists() else {
+            return false;
+        };
+        std::iter::once(leaf)
+            .chain(intermediates)
+            .flat_map(|certificate| lists.naming(certificate))
+            .any(|list| self.is_revoked_by(list, role, (leaf, intermediates), when))
+    }
+
+    /// Follows the chain once more, by this list. It names one of the certificates, so whatever
+    /// does not speak for the chain now is against it.
+    fn is_revoked_by(
+        &self,
+        list: &CertRevocationList<'_>,
+        role: Role,
+        (leaf, intermediates): (&CertificateDer<'_>, &[CertificateDer<'_>]),
+        when: UnixTime,
+    ) -> bool {
+        let lists = [list];
+        let (Ok(leaf), Ok(options)) = (
+            EndEntityCert::try_from(leaf),
+            RevocationOptionsBuilder::new(&lists),
+        ) else {
+            return true;
+        };
+        let by = options
+            .with_depth(RevocationCheckDepth::Chain)
+            .with_status_policy(UnknownStatusPolicy::Allow)
+            .with_expiration_policy(ExpirationPolicy::Ignore)
+            .build();
+        let usage = match role {
+            Role::Client => KeyUsage::client_auth(),
+            Role::Server => KeyUsage::server_auth(),
+        };
+        let anchors = &self.store.roots;
+        let algorithms = self.algorithms.all;
+        let followed = leaf.verify_for_usage(
+            algorithms,
+            anchors,
+            intermediates,
+            when,
+            usage,
+            Some(by),
+            None,
+        );
+        match followed {
+            // Another authority of the same name has signed the list.
+            Ok(_) | Err(webpki::Error::InvalidCrlSignatureForPublicKey) => false,
+            Err(_) => true,
+        }
     }
 }
 
@@ -155,7 +247,7 @@ impl ServerCertVerifier for ServerVerifier {
 // PROTOCOL.md#client-verification
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
-    roots: u64,
+    roots: Roots,
     chain: Arc<dyn ClientCertVerifier>,
     trust_domain: TrustDomain,
 }
@@ -172,7 +264,7 @@ impl ClientVerifier {
         )
         .build()?;
         Ok(Self {
-            roots: roots.number,
+            roots: roots.clone(),
             chain,
             trust_domain: trust_domain.clone(),
         })
@@ -190,13 +282,15 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let shown = Shown::new(self.roots, Role::Client, end_entity, intermediates);
+        let shown = Shown::new(self.roots.number, Role::Client, end_entity, intermediates);
         shown.follow(intermediates, end_entity, now, || {
             let verified = self
                 .chain
                 .verify_client_cert(end_entity, intermediates, now);
             verified.map(drop)
         })?;
+        let roots = &self.roots;
+        roots.verify_unrevoked(Role::Client, end_entity, intermediates, now)?;
         match peer_identity(std::slice::from_ref(end_entity), &self.trust_domain) {
             Some(_) => Ok(ClientCertVerified::assertion()),
             None => Err(CertificateError::NotValidForName.into()),

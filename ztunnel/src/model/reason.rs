@@ -19,6 +19,8 @@ pub enum Reason {
     BadDestination,
     /// The CONNECT or its authority is malformed.
     BadRequest,
+    /// The certificate of one of the two ends is revoked.
+    CertRevoked,
     /// Both sides finished.
     Complete,
     /// A dial was refused or failed.
@@ -79,9 +81,10 @@ pub trait ToReason {
 
 impl Reason {
     /// All of them, for counters that exist from the start.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::BadDestination,
         Self::BadRequest,
+        Self::CertRevoked,
         Self::Complete,
         Self::ConnectFailed,
         Self::ConnectTimedOut,
@@ -115,6 +118,7 @@ impl Reason {
         match self {
             Self::BadDestination => "bad_destination",
             Self::BadRequest => "bad_request",
+            Self::CertRevoked => "cert_revoked",
             Self::Complete => "complete",
             Self::ConnectFailed => "connect_failed",
             Self::ConnectTimedOut => "connect_timed_out",
@@ -149,6 +153,7 @@ impl Reason {
     #[must_use]
     pub const fn response_flags(self) -> &'static str {
         match self {
+            Self::CertRevoked => "CERT_REVOKED",
             Self::Complete | Self::Reset => "-",
             Self::PolicyDenied | Self::PolicyMissing | Self::PolicyRevoked => "DENY",
             Self::H2Failed | Self::H2TimedOut => "H2_HANDSHAKE_FAILURE",
@@ -181,7 +186,8 @@ impl Reason {
             Self::Complete => 200,
             Self::BadDestination | Self::BadRequest => 400,
             Self::PolicyDenied | Self::PolicyMissing | Self::PolicyRevoked => 401,
-            Self::ConnectFailed
+            Self::CertRevoked
+            | Self::ConnectFailed
             | Self::ConnectTimedOut
             | Self::CrowdedOut
             | Self::Drained
@@ -214,6 +220,7 @@ impl Reason {
             }
             Self::BadDestination
             | Self::BadRequest
+            | Self::CertRevoked
             | Self::Complete
             | Self::ConnectFailed
             | Self::ConnectTimedOut

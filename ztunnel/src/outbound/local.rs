@@ -152,7 +152,15 @@ async fn walk(
     if let Err(error) = way.cx.attest(&identity).await {
         return Err(End::Here(Failure::Identity(error)));
     }
-    let preparing = async { Ok(near.prepare(way, client, identity, inbound).await?) };
+    let lost = lost(way, near);
+    let mut lost = std::pin::pin!(lost);
+    let preparing = async {
+        tokio::select! {
+            biased;
+            end = &mut lost => Err(end),
+            prepared = near.prepare(way, client, identity, inbound) => Ok(prepared?),
+        }
+    };
     // Apart, so that what it needs is given back before bytes move.
     let prepared: Result<_, End> = Box::pin(stream.for_it(preparing)).await;
     way.learn(
@@ -176,11 +184,23 @@ async fn walk(
         reason = permit.revoked() => {
             Err(End::There(Refusal::Revoked(reason), Failure::NeighbourEnded))
         }
+        end = &mut lost => Err(end),
         end = relayed => end.map_err(|error| match error {
             tunnel::Error::Revoked(_) | tunnel::Error::Drained(_) => End::Here(error.into()),
             error => End::Both(error),
         }),
     }
+}
+
+/// Waits until the certificate of one of the two pods is revoked. No tunnel would be open then, and
+/// both sides' records say why.
+// PROTOCOL.md#live-revocation
+async fn lost(way: &Way<'_>, near: &Neighbour) -> End {
+    tokio::select! {
+        () = way.cx.attested.lost() => {}
+        () = near.cx.attested.lost() => {}
+    }
+    End::Both(tunnel::Error::CertRevoked)
 }
 
 impl Neighbour {

@@ -18,11 +18,12 @@ use tokio::time::{sleep, timeout};
 
 use super::error::Error;
 use super::keepalive::Keepalive;
+use super::nested::OUTER_REVOKED;
 use super::params::Params;
 use super::pool::{Dial, Open, Registered, Target, Tunnel};
 use super::tls::{self, Flush, Tls};
 use crate::drain;
-use crate::identity::{self, peer_identities};
+use crate::identity::{self, Revocation, Role, peer_identities};
 
 type Http2<T> = Connection<Tls<T>, Bytes>;
 
@@ -34,6 +35,7 @@ pub(super) struct Connected<T> {
     keepalive: Keepalive,
     /// Until one of the two certificates expires.
     valid: Duration,
+    revocation: Revocation,
 }
 
 /// Connects, verifies and greets the peer; each step has a deadline.
@@ -71,8 +73,9 @@ pub(super) async fn connect<D: Dial>(
     let Ok(greeted) = timeout(params.tls_timeout, greeting).await else {
         return Err(Error::TlsTimedOut(params.tls_timeout));
     };
-    let tls::Greeted { session, chain } = greeted.map_err(|e| Error::Tls(Arc::new(e)))?;
+    let tls::Greeted { session, chain } = greeted.map_err(Error::tls)?;
     let valid = credentials.valid_with(&chain);
+    let revocation = credentials.revocation(Role::Server, &chain);
     let proven = peer_identities(&chain);
     let peer = proven.into_iter().find(|id| target.expected.contains(id));
     let Some(peer) = peer else {
@@ -92,6 +95,7 @@ pub(super) async fn connect<D: Dial>(
         flush,
         keepalive,
         valid,
+        revocation,
     })
 }
 
@@ -117,6 +121,7 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
         flush,
         mut keepalive,
         valid,
+        revocation,
     } = match connected {
         Ok(connected) => connected,
         Err(error) => return tunnel.fail(error),
@@ -126,6 +131,7 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
     let end = tokio::select! {
         biased;
         reason = drain.forced() => Err(Error::Drained(reason)),
+        () = revocation.revoked() => Err(Error::CertRevoked),
         end = exchange(&mut connection, &flush, registered, params) => end,
         () = poll_fn(|cx| keepalive.poll(cx)) => Err(Error::Unanswered(params.ping_timeout)),
         () = release(tunnel, params, &mut orders) => Ok(()),
@@ -142,6 +148,7 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
     tokio::select! {
         biased;
         _ = drain.forced() => {}
+        () = revocation.revoked() => tunnel.fail(Error::CertRevoked),
         end = flush.run(&mut connection) => tracing::trace!(?end, "tunnel closed"),
         () = poll_fn(|cx| keepalive.poll(cx)) => {}
     }
@@ -227,6 +234,7 @@ fn ended(error: h2::Error) -> Error {
         Some(e) if e.kind() == io::ErrorKind::InvalidData => {
             Error::Tls(Arc::new(io::Error::new(e.kind(), e.to_string())))
         }
+        Some(e) if e.kind() == OUTER_REVOKED => Error::CertRevoked,
         _ => Error::H2(Arc::new(error)),
     }
 }

@@ -15,6 +15,9 @@ use crate::model::{Reason, ToReason, UpstreamAddr};
 /// for one tunnel gets the same error.
 #[derive(Clone, Debug, Error)]
 pub enum Error {
+    /// A list revokes the certificate of one of the tunnel's two ends.
+    #[error("the certificate of one end of the tunnel is revoked")]
+    CertRevoked,
     /// The tunnel's TCP connection was refused or failed.
     #[error("connect to {to}")]
     Connect {
@@ -79,6 +82,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// Why the TLS handshake failed.
+    pub(super) fn tls(error: io::Error) -> Self {
+        if identity::is_revocation(&error) {
+            Self::CertRevoked
+        } else {
+            Self::Tls(Arc::new(error))
+        }
+    }
+
     /// The error of one stream, told apart by who ended what.
     pub(super) fn stream(error: h2::Error) -> Self {
         if error.is_reset() {
@@ -106,6 +118,7 @@ impl Error {
 impl ToReason for Error {
     fn to_reason(&self) -> Reason {
         match self {
+            Self::CertRevoked => Reason::CertRevoked,
             Self::Connect { source, .. } => {
                 if source
                     .raw_os_error()
@@ -157,6 +170,7 @@ mod tests {
         let h2 = || h2::Error::from(h2::Reason::PROTOCOL_ERROR);
         let forgotten = identity::Error::Forgotten(identity::testing::id("cart"));
         for (error, reason) in [
+            (Error::CertRevoked, Reason::CertRevoked),
             (connect(libc::ECONNREFUSED), Reason::ConnectFailed),
             (connect(libc::EHOSTUNREACH), Reason::ConnectFailed),
             (connect(libc::EMFILE), Reason::ResourceExhausted),

@@ -160,7 +160,12 @@ impl AsyncWrite for StreamIo {
 
 fn failed(error: Error) -> io::Error {
     match error {
+        Error::CertRevoked => OUTER_REVOKED.into(),
         Error::Reset => io::ErrorKind::ConnectionReset.into(),
         error => io::Error::other(error),
     }
 }
+
+/// Stands for [`Error::CertRevoked`] on its way through the inner HTTP/2, which keeps of an error
+/// only its kind; no socket gives this one.
+pub(super) const OUTER_REVOKED: io::ErrorKind = io::ErrorKind::StaleNetworkFileHandle;

@@ -357,6 +357,14 @@ impl Slot {
         &self.share
     }
 
+    /// Whether the tunnel was ended because of a certificate.
+    pub(super) fn is_revoked(&self) -> bool {
+        matches!(
+            &*self.tunnel.phase.borrow(),
+            Phase::Failed(Error::CertRevoked)
+        )
+    }
+
     /// Waits until the tunnel can take a stream; `false` when it cannot take this one.
     async fn admitted(&self) -> Result<bool, Error> {
         let tunnel = &self.tunnel;

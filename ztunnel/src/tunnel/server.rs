@@ -20,8 +20,8 @@ use super::params::Params;
 use super::stream::H2Stream;
 use super::tls::{self, Flush, Session, Tls};
 use crate::drain;
-use crate::identity::{Credentials, peer_identity};
-use crate::model::SpiffeId;
+use crate::identity::{Credentials, Revocation, Role, peer_identity};
+use crate::model::{Reason, SpiffeId};
 
 /// A tunnel whose TLS handshake is done.
 pub struct Accepted<T> {
@@ -30,6 +30,7 @@ pub struct Accepted<T> {
     session: Session<T>,
     /// Until one of the two certificates expires.
     valid: Duration,
+    revocation: Revocation,
 }
 
 impl<T> fmt::Debug for Accepted<T> {
@@ -46,33 +47,35 @@ impl<T> fmt::Debug for Accepted<T> {
 /// When the handshake fails or takes too long.
 pub async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
     io: T,
-    credentials: &Credentials,
+    credentials: &Arc<Credentials>,
     params: &Params,
 ) -> Result<Accepted<T>, Error> {
     let greeting = tls::accept(credentials.server_config(), io);
     let Ok(greeted) = timeout(params.tls_timeout, greeting).await else {
         return Err(Error::TlsTimedOut(params.tls_timeout));
     };
-    let tls::Greeted { session, chain } = greeted.map_err(|e| Error::Tls(Arc::new(e)))?;
+    let tls::Greeted { session, chain } = greeted.map_err(Error::tls)?;
     let Some(peer) = peer_identity(&chain, credentials.id().trust_domain()) else {
         // Verification has seen one; whoever changes that finds the door closed.
         return Err(Error::Tls(Arc::new(io::ErrorKind::PermissionDenied.into())));
     };
     let valid = credentials.valid_with(&chain);
+    let revocation = credentials.revocation(Role::Client, &chain);
     Ok(Accepted {
         peer,
         session,
         valid,
+        revocation,
     })
 }
 
 /// Serves one tunnel until the peer closes it or the drain ends it: calls `on_request`, which must
 /// not block, for each CONNECT (or whatever else the peer asks). A graceful drain, or a
 /// certificate that expires, tells the peer to open no more streams; those that are open or were
-/// on their way are served.
+/// on their way are served. A certificate that is revoked ends all of them.
 ///
 /// # Errors
-/// When the peer breaks the protocol, dies, or stays silent.
+/// When the peer breaks the protocol, dies, stays silent, or may not go on.
 pub async fn serve<T, F>(
     accepted: Accepted<T>,
     params: &Params,
@@ -95,6 +98,8 @@ where
         }
     });
     let mut draining = false;
+    let mut revoked = std::pin::pin!(accepted.revocation.revoked());
+    let (cut, uncut) = drain::channel();
     loop {
         tokio::select! {
             biased;
@@ -103,12 +108,20 @@ where
                 end(&mut connection, &flush).await;
                 return Err(Error::Drained(reason));
             }
+            // PROTOCOL.md#live-revocation
+            () = &mut revoked => {
+                cut.force(Reason::CertRevoked);
+                end(&mut connection, &flush).await;
+                return Err(Error::CertRevoked);
+            }
             () = &mut graceful, if !draining => {
                 draining = true;
                 connection.graceful_shutdown();
             }
             request = flush.run(connection.accept()) => match request {
-                Some(Ok((request, respond))) => on_request(Request::new(request, respond)),
+                Some(Ok((request, respond))) => {
+                    on_request(Request::new(request, respond, uncut.clone()));
+                }
                 // The transport ended without a farewell: its streams say what that meant.
                 Some(Err(e)) if e.is_io() => return Err(Error::TunnelLost(Some(Arc::new(e)))),
                 Some(Err(e)) => return Err(Error::H2(Arc::new(e))),
@@ -127,16 +140,28 @@ pub struct Request {
     pub parts: http::request::Parts,
     recv: RecvStream,
     respond: SendResponse<Bytes>,
+    tunnel: drain::Signal,
 }
 
 impl Request {
-    fn new(request: http::Request<RecvStream>, respond: SendResponse<Bytes>) -> Self {
+    fn new(
+        request: http::Request<RecvStream>,
+        respond: SendResponse<Bytes>,
+        tunnel: drain::Signal,
+    ) -> Self {
         let (parts, recv) = request.into_parts();
         Self {
             parts,
             recv,
             respond,
+            tunnel,
         }
+    }
+
+    /// Tells when the tunnel may carry nothing any more, whoever holds its streams.
+    #[must_use]
+    pub fn tunnel(&self) -> drain::Signal {
+        self.tunnel.clone()
     }
 
     /// Answers with a stream that stays open both ways.

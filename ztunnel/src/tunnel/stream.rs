@@ -55,24 +55,32 @@ impl H2Stream {
                         queue.advance(0);
                         Ok(Written::Bytes(bytes))
                     }
-                    Err(_) => Self::closed(&mut send, cx),
+                    Err(_) => self.closed(&mut send, cx),
                 });
             }
             match ready!(send.poll_capacity(cx)) {
                 Some(Ok(_)) => {}
-                Some(Err(e)) => return Poll::Ready(Err(Error::stream(e))),
-                None => return Poll::Ready(Self::closed(&mut send, cx)),
+                Some(Err(e)) => return Poll::Ready(Err(self.error(e))),
+                None => return Poll::Ready(self.closed(&mut send, cx)),
             }
         }
     }
 
     /// Why nothing more can be sent.
-    fn closed(send: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Result<Written, Error> {
+    fn closed(&self, send: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Result<Written, Error> {
         match send.poll_reset(cx) {
             // The peer has answered in full and reads no further.
             Poll::Ready(Ok(Reason::NO_ERROR)) => Ok(Written::Unwanted),
             Poll::Ready(Ok(_)) | Poll::Pending => Err(Error::Reset),
-            Poll::Ready(Err(e)) => Err(Error::stream(e)),
+            Poll::Ready(Err(e)) => Err(self.error(e)),
+        }
+    }
+
+    /// Why it failed; its tunnel may know better.
+    fn error(&self, error: h2::Error) -> Error {
+        match Error::stream(error) {
+            Error::TunnelLost(_) if self.slot().is_some_and(Slot::is_revoked) => Error::CertRevoked,
+            error => error,
         }
     }
 }
@@ -101,7 +109,7 @@ impl Side for H2Stream {
                 }
                 // Whatever this is will be there again.
                 _ if frames > 0 => return Poll::Ready(Ok(true)),
-                Poll::Ready(Some(Err(e))) => return Poll::Ready(Err(Error::stream(e))),
+                Poll::Ready(Some(Err(e))) => return Poll::Ready(Err(self.error(e))),
                 Poll::Ready(None) => return Poll::Ready(Ok(false)),
                 Poll::Pending => return Poll::Pending,
             }
@@ -144,7 +152,7 @@ impl Side for H2Stream {
         match poll_fn(|cx| self.send.borrow_mut().poll_reset(cx)).await {
             Ok(Reason::NO_ERROR) => pending().await,
             Ok(_) => Error::Reset,
-            Err(e) => Error::stream(e),
+            Err(e) => self.error(e),
         }
     }
 

@@ -7,6 +7,7 @@ use tokio::time::advance;
 
 use super::super::ca::Issued;
 use super::super::testing::{Authority, id, paused_clock};
+use super::super::{RevocationLists, Revocations};
 use super::*;
 
 const TTL: Duration = Duration::from_secs(3600);
@@ -243,4 +244,38 @@ async fn who_is_waited_for_goes_before_who_is_only_expected() {
     assert_eq!(order.len(), 4);
     bench.store.get(&id("third")).await.unwrap();
     assert_eq!(bench.asked(), 0, "it was there");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_list_revokes_is_asked_for_anew_and_not_given_out_meanwhile() {
+    let (replace, revocations) = Revocations::followed(RevocationLists::default());
+    let params = Params {
+        rules: Rules {
+            revocations,
+            ..Rules::default()
+        },
+        ..params()
+    };
+    let bench = bench(Semaphore::MAX_PERMITS, params);
+    let (revoked, kept) = (id("cart"), id("bank"));
+    let first = bench.store.get(&revoked).await.unwrap();
+    let other = bench.store.get(&kept).await.unwrap();
+    let list = bench.fake.authority.list(&[&first.chain()[0]]);
+    bench.asked();
+
+    bench.weather(true);
+    replace.send_replace(Arc::new(RevocationLists::parse(&list).unwrap()));
+    settle().await;
+    assert_eq!(bench.asked(), 1);
+    assert!(
+        bench.store.get(&revoked).await.is_err(),
+        "nothing in its place"
+    );
+    let unchanged = bench.store.get(&kept).await.unwrap();
+    assert!(Arc::ptr_eq(&other, &unchanged));
+
+    bench.weather(false);
+    advance(Duration::from_secs(5)).await;
+    let second = bench.store.get(&revoked).await.unwrap();
+    assert_ne!(first.chain(), second.chain());
 }

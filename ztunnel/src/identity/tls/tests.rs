@@ -166,7 +166,7 @@ async fn each_of_several_roots_vouches() {
 async fn a_client_without_a_certificate_is_refused() {
     let authority = Authority::new();
     let bank = authority.credentials(&[BANK]);
-    let roots = Roots::new(&[authority.root()]).unwrap();
+    let roots = Roots::new(&[authority.root()], Revocations::default()).unwrap();
     let mut config = ClientConfig::builder_with_provider(Arc::new(provider(Versions::Only13)))
         .with_protocol_versions(Versions::Only13.protocols())
         .unwrap()
@@ -261,7 +261,7 @@ fn old_peers(
             ..Leaf::default()
         })
     };
-    let roots = Roots::new(&[authority.root()]).unwrap();
+    let roots = Roots::new(&[authority.root()], Revocations::default()).unwrap();
     let (bank, cart) = (issued(BANK), issued(CART));
     let domain = BANK.parse::<SpiffeId>().unwrap();
     let verifier = ClientVerifier::new(&roots, domain.trust_domain(), &provider).unwrap();
@@ -422,7 +422,7 @@ async fn a_peer_that_knows_only_an_older_group_is_served() {
             uris: &[CART],
             ..Leaf::default()
         });
-        let roots = Roots::new(&issued.roots).unwrap();
+        let roots = Roots::new(&issued.roots, Revocations::default()).unwrap();
         let mut config =
             client_config(&issued, &roots, &Arc::new(provider), Versions::Only13).unwrap();
         config

@@ -19,7 +19,7 @@ use super::super::relay::Side as _;
 use super::super::testing::{BANK, CART, Frame, connect_request, give, worker};
 use super::*;
 use crate::identity::testing::{Authority, id};
-use crate::model::{Reason, ToReason as _};
+use crate::model::ToReason as _;
 
 type ClientTls = tokio_rustls::client::TlsStream<DuplexStream>;
 
