@@ -228,14 +228,16 @@ fn builder(params: &Params) -> h2::client::Builder {
 }
 
 /// Why a connection ended. In TLS 1.3 a server judges our certificate after our handshake is done:
-/// its refusal is the first thing that we read.
+/// its refusal is the first thing that we read. Whether reading or writing notices that the peer is
+/// gone is chance: it is the same end.
 fn ended(error: h2::Error) -> Error {
     match error.get_io() {
         Some(e) if e.kind() == io::ErrorKind::InvalidData => {
             Error::Tls(Arc::new(io::Error::new(e.kind(), e.to_string())))
         }
         Some(e) if e.kind() == OUTER_REVOKED => Error::CertRevoked,
-        _ => Error::H2(Arc::new(error)),
+        Some(_) => Error::TunnelLost(Some(Arc::new(error))),
+        None => Error::H2(Arc::new(error)),
     }
 }
 

@@ -253,7 +253,9 @@ pub(super) struct Frame {
 }
 
 impl Frame {
+    pub(super) const DATA: u8 = 0;
     pub(super) const HEADERS: u8 = 1;
+    pub(super) const RST_STREAM: u8 = 3;
     pub(super) const SETTINGS: u8 = 4;
     pub(super) const PING: u8 = 6;
     pub(super) const GOAWAY: u8 = 7;

@@ -5,8 +5,10 @@
     reason = "a test runs one of them and then ends"
 )]
 
+use std::future::poll_fn;
 use std::time::Duration;
 
+use super::super::buffer::Queue;
 use super::super::relay::Side as _;
 use super::super::testing::{
     BANK, Bench, Frame, Network, Seen, accept_tls, bench, connect_request, give, permit, target,
@@ -738,6 +740,16 @@ async fn raw_peer(
     (tls, settings)
 }
 
+/// The stream of the next request.
+async fn asked(tls: &mut (impl AsyncRead + Unpin)) -> u32 {
+    loop {
+        let frame = Frame::read(tls).await.unwrap();
+        if frame.kind == Frame::HEADERS {
+            return frame.stream;
+        }
+    }
+}
+
 /// `:status: 200` from the static table of HPACK.
 fn ok_response(stream: u32) -> Frame {
     Frame {
@@ -746,6 +758,76 @@ fn ok_response(stream: u32) -> Frame {
         stream,
         payload: vec![0x88],
     }
+}
+
+/// An Envoy whose server has finished first says both in one breath.
+#[tokio::test(start_paused = true)]
+async fn an_end_and_no_error_in_one_breath_are_an_end() {
+    worker(async {
+        let mut bench = bench(Params::default());
+        let pool = Rc::clone(&bench.pool);
+        let opening = tokio::task::spawn_local(async move {
+            pool.open(&permit(), &target(), connect_request())
+                .await
+                .unwrap()
+        });
+        let (mut tls, _) = raw_peer(&mut bench).await;
+        let stream = asked(&mut tls).await;
+        let frame = |kind, flags, payload: &[u8]| Frame {
+            kind,
+            flags,
+            stream,
+            payload: payload.to_vec(),
+        };
+        ok_response(stream).write(&mut tls).await;
+        frame(Frame::DATA, 0, b"ans").write(&mut tls).await;
+        frame(Frame::DATA, 1, b"wer").write(&mut tls).await;
+        frame(Frame::RST_STREAM, 0, &[0; 4]).write(&mut tls).await;
+        let opened = opening.await.unwrap();
+        let mut queue = Queue::default();
+        let mut answer = Vec::new();
+        while poll_fn(|cx| opened.stream.poll_take(cx, &mut queue))
+            .await
+            .unwrap()
+        {
+            while let Some(chunk) = queue.front() {
+                answer.extend_from_slice(&chunk.split_to(chunk.len()));
+                queue.advance(0);
+            }
+        }
+        assert_eq!(answer, b"answer");
+    })
+    .await;
+}
+
+/// A peer that resets the stream and is gone may be noticed by either, and it is the same end.
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_ends_under_a_request_is_lost_whatever_is_noticed_first() {
+    worker(async {
+        for resets in [false, true] {
+            let mut bench = bench(Params::default());
+            let pool = Rc::clone(&bench.pool);
+            let opening = tokio::task::spawn_local(async move {
+                pool.open(&permit(), &target(), connect_request()).await
+            });
+            let (mut tls, _) = raw_peer(&mut bench).await;
+            let stream = asked(&mut tls).await;
+            if resets {
+                let cancel = u32::from(h2::Reason::CANCEL);
+                let reset = Frame {
+                    kind: Frame::RST_STREAM,
+                    flags: 0,
+                    stream,
+                    payload: cancel.to_be_bytes().to_vec(),
+                };
+                reset.write(&mut tls).await;
+            }
+            drop(tls);
+            let error = opening.await.unwrap().unwrap_err();
+            assert_eq!(error.to_reason(), Reason::TunnelLost, "{resets}: {error}");
+        }
+    })
+    .await;
 }
 
 /// Behaviours 6, 7, 20 and 21.
