@@ -25,7 +25,6 @@ mod limits;
 mod listener;
 mod local;
 mod many;
-mod mesh;
 mod plaintext;
 mod policy;
 mod relay;
@@ -33,3 +32,5 @@ mod reload;
 mod revocation;
 mod routes;
 mod workers;
+
+pub(crate) use ztunnel_tests::mesh;

@@ -3,7 +3,7 @@
 //! one buffer per direction whatever the size.
 
 use std::{
-    io::{self, Read as _, Write as _},
+    io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     panic::resume_unwind,
     thread,
@@ -100,7 +100,8 @@ fn both_ways(stream: &mut TcpStream, bytes: u64, seed: u64) -> io::Result<(Sum, 
     }))
 }
 
-fn send(stream: &mut TcpStream, bytes: u64, seed: u64) -> Sum {
+/// Writes the stream of this seed; gives its checksum.
+pub fn send(to: &mut impl Write, bytes: u64, seed: u64) -> io::Result<u64> {
     let (mut source, mut sum) = (Source(seed), Checksum::default());
     let mut buffer = vec![0; BLOCK_BYTES];
     let mut left = bytes;
@@ -108,19 +109,20 @@ fn send(stream: &mut TcpStream, bytes: u64, seed: u64) -> Sum {
         let block = next_block(&mut buffer, left);
         source.fill(block);
         sum.add(block);
-        stream.write_all(block)?;
+        to.write_all(block)?;
         left -= length_of(block);
     }
     Ok(sum.0)
 }
 
-fn receive(mut stream: TcpStream, bytes: u64) -> Sum {
+/// Reads that many bytes; gives their checksum.
+pub fn receive(mut from: impl Read, bytes: u64) -> io::Result<u64> {
     let mut sum = Checksum::default();
     let mut buffer = vec![0; BLOCK_BYTES];
     let mut left = bytes;
     while left > 0 {
         let block = next_block(&mut buffer, left);
-        stream.read_exact(block)?;
+        from.read_exact(block)?;
         sum.add(block);
         left -= length_of(block);
     }

@@ -8,6 +8,7 @@
 //! apps     ── servers and clients   inspect  ── what must not change, what must not remain
 //! Cluster  ── the real control plane: etcd, kube-apiserver, istiod
 //! ControlPlane ── discovery and a CA that speak the real protocols and misbehave on command
+//! Mesh     ── all of it, started
 //! ```
 //!
 //! Everything created carries [`topology::Topology::prefix`] in its name. A value's `Drop` removes
@@ -23,13 +24,16 @@
 pub mod access;
 pub mod apps;
 pub mod bulk;
+pub mod certs;
 pub mod cluster;
 pub mod control_plane;
+pub mod envoy;
 mod grpc;
 pub mod http;
 pub mod inspect;
 pub mod leftovers;
 pub mod load;
+pub mod mesh;
 pub mod meshfile;
 pub mod metrics;
 pub mod netns;

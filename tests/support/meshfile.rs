@@ -15,6 +15,7 @@ use crate::topology::{Pod, Topology};
 pub struct MeshFile {
     pods: Vec<Pod>,
     enrolled: BTreeSet<String>,
+    speaks_hbone: BTreeSet<String>,
     services: Vec<Service>,
     members: BTreeMap<String, Vec<Membership>>,
     attached: BTreeMap<String, Vec<String>>,
@@ -46,6 +47,7 @@ impl MeshFile {
         Self {
             pods: topology.pods().to_vec(),
             enrolled: topology.pods().iter().map(|pod| pod.name.clone()).collect(),
+            speaks_hbone: BTreeSet::new(),
             services: Vec::new(),
             members: BTreeMap::new(),
             attached: BTreeMap::new(),
@@ -60,6 +62,14 @@ impl MeshFile {
     #[must_use]
     pub fn without(mut self, pod: &str) -> Self {
         self.enrolled.remove(pod);
+        self
+    }
+
+    /// This pod brings its own HBONE, as a gateway does: nobody captures it.
+    #[must_use]
+    pub fn with_own_hbone(mut self, pod: &str) -> Self {
+        self.enrolled.remove(pod);
+        self.speaks_hbone.insert(pod.to_owned());
         self
     }
 
@@ -200,7 +210,7 @@ impl MeshFile {
             node,
             ..
         } = pod;
-        let protocol = if self.enrolled.contains(name) {
+        let protocol = if self.enrolled.contains(name) || self.speaks_hbone.contains(name) {
             "HBONE"
         } else {
             "TCP"

@@ -45,18 +45,7 @@ impl Nginx {
             .arg("stderr");
         let mut running = Running::start("nginx", Some(netns), command)
             .context("nginx is needed (Debian package nginx)")?;
-        let here = SocketAddr::from(([127, 0, 0, 1], port));
-        let listening = wait::until("nginx to listen", PATIENCE, || {
-            running.ended().ok()?.map_or_else(
-                || netns.dial(here, PATIENCE).ok().map(drop).map(Ok),
-                |status| Some(Err(status)),
-            )
-        })?;
-        ensure!(
-            listening.is_ok(),
-            "nginx ended at once:\n{}",
-            running.log().lines().join("\n")
-        );
+        wait_accepts(&mut running, netns, port)?;
         Ok(Self {
             running,
             access_log,
@@ -73,6 +62,50 @@ impl Nginx {
     pub fn pid(&self) -> u32 {
         self.running.pid()
     }
+}
+
+/// A Redis that keeps nothing on disk, on one port, IPv4 and IPv6.
+#[derive(Debug)]
+pub struct Redis {
+    running: Running,
+}
+
+impl Redis {
+    /// Starts it and waits until it accepts.
+    pub fn start(netns: &Netns, port: u16, directory: &Path) -> Result<Self> {
+        let mut command = Command::new("redis-server");
+        command.args(["--port", &port.to_string(), "--bind", "0.0.0.0", "::"]);
+        command.args(["--protected-mode", "no", "--save", "", "--appendonly", "no"]);
+        command.arg("--dir").arg(directory);
+        let mut running = Running::start("redis", Some(netns), command)
+            .context("redis-server is needed (Debian package redis-server)")?;
+        wait_accepts(&mut running, netns, port)?;
+        Ok(Self { running })
+    }
+
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.running.pid()
+    }
+}
+
+/// Waits until something accepts on this port of the loopback; fails at once if the program ends.
+pub fn wait_accepts(running: &mut Running, netns: &Netns, port: u16) -> Result<()> {
+    let here = SocketAddr::from(([127, 0, 0, 1], port));
+    let what = format!("port {port} to accept");
+    let accepts = wait::until(&what, START, || {
+        running.ended().ok()?.map_or_else(
+            || netns.dial(here, PATIENCE).ok().map(drop).map(Ok),
+            |status| Some(Err(status)),
+        )
+    });
+    let said = || running.log().lines().join("\n");
+    ensure!(
+        accepts.with_context(said)?.is_ok(),
+        "it ended at once:\n{}",
+        said()
+    );
+    Ok(())
 }
 
 /// What curl received and saw.
@@ -159,3 +192,5 @@ fn configuration(home: &Path, port: u16) -> String {
 const WRITE_OUT: &str =
     "\n%{http_code} %{local_ip} %{local_port} %{remote_ip} %{remote_port} %{time_total}";
 const PATIENCE: Duration = Duration::from_secs(20);
+/// A database that recovers, on a machine that does much else.
+const START: Duration = Duration::from_secs(60);

@@ -23,6 +23,8 @@ pub(crate) enum Purpose {
     Check,
     /// Namespaces as pods, with real programs in them.
     Pods,
+    /// Databases and other programs that people run in pods.
+    Apps,
     /// Other kernels in a virtual machine.
     Kernels,
     /// Coverage-guided fuzzing.
@@ -53,8 +55,10 @@ enum Extra {
 
 /// The verb: everything that any verb needs.
 pub(crate) fn run(house: &House, args: &Args) -> Result<bool> {
-    use Purpose::{Bench, Build, Check, ControlPlane, Envoy, Fuzz, Kernels, Pods, Profile};
-    let mut purposes = vec![Build, Check, Pods, Kernels, Fuzz, Envoy, Bench, Profile];
+    use Purpose::{Apps, Bench, Build, Check, ControlPlane, Envoy, Fuzz, Kernels, Pods, Profile};
+    let mut purposes = vec![
+        Build, Check, Pods, Apps, Kernels, Fuzz, Envoy, Bench, Profile,
+    ];
     if args.with.contains(&Extra::ControlPlane) {
         purposes.push(ControlPlane);
     }
@@ -359,11 +363,15 @@ impl NoServices {
 
     /// Also keeps what came with a service from starting at the next boot.
     fn end(self, installed: &[&Tool]) -> Result<()> {
-        let web_server = installed.iter().any(|tool| tool.package == "nginx-light");
-        if web_server && Path::new("/run/systemd/system").is_dir() {
-            let mut disable = Command::new("systemctl");
-            disable.args(["disable", "--quiet", "nginx.service"]);
-            process::capture(disable)?;
+        if !Path::new("/run/systemd/system").is_dir() {
+            return Ok(());
+        }
+        for (package, service) in SERVICES {
+            if installed.iter().any(|tool| tool.package == package) {
+                let mut disable = Command::new("systemctl");
+                disable.args(["disable", "--quiet", service]);
+                process::capture(disable)?;
+            }
         }
         Ok(())
     }
@@ -391,6 +399,8 @@ enum Sign {
     /// A program of this name, wherever it comes from.
     Program(&'static str),
     File(&'static str),
+    /// This file in any directory, which is named by a version, of that one.
+    InAny(&'static str, &'static str),
     /// A program that says at least this version of Rust.
     Rust(&'static str),
 }
@@ -407,6 +417,9 @@ impl Tool {
         match self.sign {
             Sign::Program(name) => house::find_program(name).is_some(),
             Sign::File(path) => Path::new(path).is_file(),
+            Sign::InAny(parent, file) => fs::read_dir(parent).is_ok_and(|mut versions| {
+                versions.any(|version| version.is_ok_and(|v| v.path().join(file).is_file()))
+            }),
             Sign::Rust(path) => rust_version(path).is_some_and(|version| version >= DEBIAN_RUST),
         }
     }
@@ -444,13 +457,20 @@ const DEBIAN_CARGO: &str = "/usr/bin/cargo";
 const CORE_SOURCE: &str = "lib/rustlib/src/rust/library/core/Cargo.toml";
 const EBPF_TARGET: &str = "--target=bpfel-unknown-none";
 const SERVICE_POLICY: &str = "/usr/sbin/policy-rc.d";
+/// Packages that would start a service at the next boot, and its name.
+const SERVICES: [(&str, &str); 3] = [
+    ("nginx-light", "nginx.service"),
+    ("postgresql", "postgresql.service"),
+    ("redis-server", "redis-server.service"),
+];
 
 const TOOLS: &[Tool] = {
-    use Sign::{File, Program, Rust};
+    use Sign::{File, InAny, Program, Rust};
     use When::{DebianLints, DebianToolchain, NoLinker};
     const BUILD: When = When::Purpose(Purpose::Build);
     const PODS: When = When::Purpose(Purpose::Pods);
     const CONTROL_PLANE: When = When::Purpose(Purpose::ControlPlane);
+    const APPS: When = When::Purpose(Purpose::Apps);
     const KERNELS: When = When::Purpose(Purpose::Kernels);
     const FUZZ: When = When::Purpose(Purpose::Fuzz);
     const ENVOY: When = When::Purpose(Purpose::Envoy);
@@ -549,6 +569,48 @@ const TOOLS: &[Tool] = {
             Program("nft"),
             PODS,
             "shows that there are no rules",
+        ),
+        tool(
+            "redis-server",
+            Program("redis-server"),
+            PODS,
+            "a real server of constant traffic; its service is not started",
+        ),
+        tool(
+            "mariadb-server-core",
+            Program("mariadbd"),
+            APPS,
+            "a database that speaks first; brings no service",
+        ),
+        tool(
+            "mariadb-client-core",
+            Program("mariadb"),
+            APPS,
+            "its client",
+        ),
+        tool(
+            "postgresql",
+            InAny("/usr/lib/postgresql", "bin/postgres"),
+            APPS,
+            "a database whose TLS begins in the middle; its service is not started",
+        ),
+        tool(
+            "dropbear-bin",
+            Program("dropbear"),
+            APPS,
+            "an SSH server; brings no service",
+        ),
+        tool(
+            "openssh-client",
+            Program("ssh-keyscan"),
+            APPS,
+            "an SSH client that is not the server's",
+        ),
+        tool(
+            "python3-grpcio",
+            File("/usr/lib/python3/dist-packages/grpc/__init__.py"),
+            APPS,
+            "gRPC that is not ours, on both sides",
         ),
         tool(
             "qemu-system-x86",

@@ -32,6 +32,8 @@ enum Stage {
     Bpf,
     /// Nodes and pods as namespaces, real programs; root.
     E2e,
+    /// Real Envoy and the applications that people run; root.
+    Interop,
     /// Node processes under a real istiod and kube-apiserver, built once in some ten minutes; root.
     #[value(name = "controlplane")]
     ControlPlane,
@@ -77,6 +79,7 @@ impl Stage {
             Self::Unit => "unit",
             Self::Bpf => "bpf",
             Self::E2e => "e2e",
+            Self::Interop => "interop",
             Self::ControlPlane => "controlplane",
             Self::Kernels => "kernels",
             Self::Fuzz => "fuzz",
@@ -107,11 +110,16 @@ impl Stage {
             }
             Self::E2e => {
                 needs_root()?;
-                setup::ensure(house, &[Purpose::Build, Purpose::Pods, Purpose::Envoy])?;
-                let mut build = house.cargo();
-                build.args(["build", "--locked", "--package=ztunnel"]);
-                process::must(build, BUILD_LIMIT)?;
+                setup::ensure(house, &[Purpose::Build, Purpose::Pods])?;
+                node(house)?;
                 libtest(house, tally, self.name(), &E2E, "2")
+            }
+            Self::Interop => {
+                needs_root()?;
+                use Purpose::{Apps, Build, Envoy, Pods};
+                setup::ensure(house, &[Build, Pods, Envoy, Apps])?;
+                node(house)?;
+                libtest(house, tally, self.name(), &INTEROP, "2")
             }
             Self::ControlPlane => {
                 needs_root()?;
@@ -119,9 +127,7 @@ impl Stage {
                     house,
                     &[Purpose::Build, Purpose::Pods, Purpose::ControlPlane],
                 )?;
-                let mut build = house.cargo();
-                build.args(["build", "--locked", "--package=ztunnel"]);
-                process::must(build, BUILD_LIMIT)?;
+                node(house)?;
                 libtest(house, tally, self.name(), &ISTIOD, "1")
             }
             Self::Kernels => {
@@ -131,6 +137,13 @@ impl Stage {
             Self::Fuzz => fuzz::smoke(house, tally),
         }
     }
+}
+
+/// The node process that tests run.
+fn node(house: &House) -> Result<()> {
+    let mut build = house.cargo();
+    build.args(["build", "--locked", "--package=ztunnel"]);
+    process::must(build, BUILD_LIMIT)
 }
 
 /// Builds, then runs with a limit of its own, so that a slow compiler is not taken for a hung test.
@@ -181,6 +194,7 @@ const E2E: [&str; 6] = [
     "--test=netns",
     "--test=control",
 ];
+const INTEROP: [&str; 2] = ["--package=ztunnel-tests", "--test=interop"];
 const ISTIOD: [&str; 2] = ["--package=ztunnel-tests", "--test=istiod"];
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const RUN_LIMIT: Duration = Duration::from_secs(15 * 60);

@@ -11,7 +11,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ztunnel_tests::{
+
+use crate::{
     access::Line,
     apps::{self, End, Heard},
     meshfile::MeshFile,
@@ -24,42 +25,39 @@ use ztunnel_tests::{
 };
 
 /// For whatever should happen at once, on a machine that does much else.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 /// For how long counters that do not change are taken for final.
 const REST: Duration = Duration::from_millis(100);
 /// How long they are waited for at most.
 const RESTLESS: Duration = Duration::from_secs(3);
 /// How long something is watched that must not happen.
-pub(crate) const WATCH: Duration = Duration::from_millis(500);
+pub const WATCH: Duration = Duration::from_millis(500);
 
 /// Two nodes, each with a running process.
 #[derive(Debug)]
-pub(crate) struct Mesh {
-    pub(crate) a: Node,
-    pub(crate) b: Node,
+pub struct Mesh {
+    pub a: Node,
+    pub b: Node,
     // Last, so that the processes end before their namespaces go.
-    pub(crate) topology: Topology,
+    pub topology: Topology,
 }
 
 impl Mesh {
     /// Builds the topology and starts both nodes with this file.
-    pub(crate) fn start(
-        builder: Builder,
-        file: impl FnOnce(&Topology) -> MeshFile,
-    ) -> Result<Self> {
+    pub fn start(builder: Builder, file: impl FnOnce(&Topology) -> MeshFile) -> Result<Self> {
         let topology = builder.build()?;
         let file = file(&topology);
         Self::start_with(topology, &file)
     }
 
     /// Starts both nodes of a topology with this file.
-    pub(crate) fn start_with(topology: Topology, file: &MeshFile) -> Result<Self> {
+    pub fn start_with(topology: Topology, file: &MeshFile) -> Result<Self> {
         let settings = Settings::of(&topology)?;
         Self::run(topology, |node| file.for_node(node), |_| settings.clone())
     }
 
     /// Starts both nodes of a topology with a text and settings each.
-    pub(crate) fn run(
+    pub fn run(
         topology: Topology,
         text: impl Fn(&str) -> String,
         settings: impl Fn(&str) -> Settings,
@@ -72,22 +70,22 @@ impl Mesh {
         })
     }
 
-    pub(crate) fn pod(&self, name: &str) -> Result<&Pod> {
+    pub fn pod(&self, name: &str) -> Result<&Pod> {
         self.topology.pod(name)
     }
 
-    pub(crate) fn net(&self, node: &str) -> Result<&NodeNet> {
+    pub fn net(&self, node: &str) -> Result<&NodeNet> {
         self.topology.node(node)
     }
 
     /// A capture on the cable between the nodes.
-    pub(crate) fn sniffer(&self) -> Result<Sniffer> {
+    pub fn sniffer(&self) -> Result<Sniffer> {
         Sniffer::on(&self.net("a")?.netns, LINK)
     }
 
     /// Gives both nodes another file and waits until they have taken it; workers may need a moment
     /// more.
-    pub(crate) fn replace(&self, file: &MeshFile) -> Result<()> {
+    pub fn replace(&self, file: &MeshFile) -> Result<()> {
         let marks = self.marks();
         for (node, mark) in [(&self.a, marks.0), (&self.b, marks.1)] {
             let text = file.for_node(node.name());
@@ -103,14 +101,14 @@ impl Mesh {
     }
 
     /// Where the logs are now.
-    pub(crate) fn marks(&self) -> (usize, usize) {
+    pub fn marks(&self) -> (usize, usize) {
         (self.a.log().mark(), self.b.log().mark())
     }
 }
 
 /// The metrics of one node at one moment, to see what has come since.
 #[derive(Debug)]
-pub(crate) struct Before<'a> {
+pub struct Before<'a> {
     node: &'a Node,
     metrics: Metrics,
 }
@@ -118,7 +116,7 @@ pub(crate) struct Before<'a> {
 impl<'a> Before<'a> {
     /// What an application saw end is counted a moment later: the moment begins when the counters
     /// of connections rest. Where traffic never rests, they are taken as they are.
-    pub(crate) fn of(node: &'a Node) -> Result<Self> {
+    pub fn of(node: &'a Node) -> Result<Self> {
         let counted = |metrics: &Metrics| {
             [
                 metrics.sum("ztunnel_connections_total", &[]),
@@ -139,17 +137,12 @@ impl<'a> Before<'a> {
     }
 
     /// How much these samples have grown.
-    pub(crate) fn gained(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+    pub fn gained(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
         Ok(self.node.metrics()?.sum(name, labels) - self.metrics.sum(name, labels))
     }
 
     /// Waits until these samples have grown by `expected`, and fails if they end elsewhere.
-    pub(crate) fn wait_gain(
-        &self,
-        name: &str,
-        labels: &[(&str, &str)],
-        expected: f64,
-    ) -> Result<()> {
+    pub fn wait_gain(&self, name: &str, labels: &[(&str, &str)], expected: f64) -> Result<()> {
         let mut last = f64::NAN;
         let what = format!("{name}{labels:?} to grow by {expected}");
         wait::until(&what, PATIENCE, || {
@@ -161,18 +154,13 @@ impl<'a> Before<'a> {
 }
 
 /// Connects, sends `request`, ends its direction, and listens to the end; `patience` for each.
-pub(crate) fn knock(
-    netns: &Netns,
-    to: SocketAddr,
-    request: &[u8],
-    patience: Duration,
-) -> Result<Heard> {
+pub fn knock(netns: &Netns, to: SocketAddr, request: &[u8], patience: Duration) -> Result<Heard> {
     apps::knock(netns, to, request, patience).map(|(heard, _)| heard)
 }
 
 /// Made and reset, or never made: but not silence, no byte, and no clean end that could be taken for
 /// an empty answer.
-pub(crate) fn is_refused(heard: &Heard) -> bool {
+pub fn is_refused(heard: &Heard) -> bool {
     matches!(
         heard,
         // A reset can be faster than the application that asks how its connect went.
@@ -182,7 +170,7 @@ pub(crate) fn is_refused(heard: &Heard) -> bool {
 }
 
 /// Asserts that nobody behind this address answers, and that saying so takes no time-out.
-pub(crate) fn assert_refused(netns: &Netns, to: SocketAddr) -> Result<()> {
+pub fn assert_refused(netns: &Netns, to: SocketAddr) -> Result<()> {
     let fate = knock(netns, to, REQUEST, PATIENCE)?;
     ensure!(
         is_refused(&fate),
@@ -192,7 +180,7 @@ pub(crate) fn assert_refused(netns: &Netns, to: SocketAddr) -> Result<()> {
 }
 
 /// Asserts that an echo server behind this address answers.
-pub(crate) fn assert_echo(netns: &Netns, to: SocketAddr) -> Result<()> {
+pub fn assert_echo(netns: &Netns, to: SocketAddr) -> Result<()> {
     let fate = knock(netns, to, REQUEST, PATIENCE)?;
     ensure!(
         fate == Heard::Answer(REQUEST.to_vec()),
@@ -202,7 +190,7 @@ pub(crate) fn assert_echo(netns: &Netns, to: SocketAddr) -> Result<()> {
 }
 
 /// Asks until the fate is as wanted: for changes that announce themselves to nobody.
-pub(crate) fn wait_fate(
+pub fn wait_fate(
     netns: &Netns,
     to: SocketAddr,
     what: &str,
@@ -219,7 +207,7 @@ pub(crate) fn wait_fate(
 }
 
 /// Asserts that an open connection to an echo server carries bytes both ways.
-pub(crate) fn assert_alive(stream: &mut TcpStream) -> Result<()> {
+pub fn assert_alive(stream: &mut TcpStream) -> Result<()> {
     use std::io::Read as _;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(REQUEST).context("write")?;
@@ -230,7 +218,7 @@ pub(crate) fn assert_alive(stream: &mut TcpStream) -> Result<()> {
 }
 
 /// Waits until an open connection ends, without a byte; gives how and how long that took.
-pub(crate) fn wait_end(stream: &TcpStream) -> Result<(End, Duration)> {
+pub fn wait_end(stream: &TcpStream) -> Result<(End, Duration)> {
     let started = Instant::now();
     let (end, bytes) = apps::read_end(stream, PATIENCE)?;
     ensure!(bytes.is_empty(), "{} bytes came first", bytes.len());
@@ -242,7 +230,7 @@ pub(crate) fn wait_end(stream: &TcpStream) -> Result<(End, Duration)> {
 }
 
 /// A field of an access line that must be a number.
-pub(crate) fn number(line: &Line, field: &str) -> Result<u64> {
+pub fn number(line: &Line, field: &str) -> Result<u64> {
     let value = line
         .get(field)
         .with_context(|| format!("{field} is missing in {line:?}"))?;
@@ -250,7 +238,7 @@ pub(crate) fn number(line: &Line, field: &str) -> Result<u64> {
 }
 
 /// The address with an IPv4 one in its mapped form.
-pub(crate) fn mapped(address: SocketAddr) -> SocketAddr {
+pub fn mapped(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V4(v4) => SocketAddr::from((v4.ip().to_ipv6_mapped(), v4.port())),
         v6 @ SocketAddr::V6(_) => v6,
@@ -258,7 +246,7 @@ pub(crate) fn mapped(address: SocketAddr) -> SocketAddr {
 }
 
 /// Resident memory of a process, in bytes.
-pub(crate) fn resident_bytes(pid: u32) -> Result<u64> {
+pub fn resident_bytes(pid: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status
         .lines()
@@ -269,7 +257,7 @@ pub(crate) fn resident_bytes(pid: u32) -> Result<u64> {
 }
 
 /// Processor time that a process has used, user and system.
-pub(crate) fn cpu_time(pid: u32) -> Result<Duration> {
+pub fn cpu_time(pid: u32) -> Result<Duration> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let (_, after) = stat.rsplit_once(')').context("no name in stat")?;
     let ticks: u64 = after
@@ -283,7 +271,7 @@ pub(crate) fn cpu_time(pid: u32) -> Result<Duration> {
 }
 
 /// A program that runs another one with its own arguments, as `Settings::binary`.
-pub(crate) fn wrapper(directory: &Path, name: &str, script: &str) -> Result<PathBuf> {
+pub fn wrapper(directory: &Path, name: &str, script: &str) -> Result<PathBuf> {
     use std::os::unix::fs::PermissionsExt as _;
     let path = directory.join(name);
     fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
@@ -292,4 +280,4 @@ pub(crate) fn wrapper(directory: &Path, name: &str, script: &str) -> Result<Path
 }
 
 /// What is asked where the answer does not matter.
-pub(crate) const REQUEST: &[u8] = b"is anybody there?";
+pub const REQUEST: &[u8] = b"is anybody there?";
