@@ -15,4 +15,5 @@ mod gateway;
 mod matrix;
 mod rows;
 mod servers;
+mod traffic;
 mod waypoint;

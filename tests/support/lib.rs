@@ -44,6 +44,7 @@ pub mod proto;
 pub mod reaper;
 mod sys;
 pub mod topology;
+pub mod traffic;
 pub mod wait;
 pub mod wire;
 pub mod ztunnel;

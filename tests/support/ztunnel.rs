@@ -35,8 +35,13 @@ pub struct Settings {
 impl Settings {
     /// The binary under test, and a CA in the topology's directory.
     pub fn of(topology: &Topology) -> Result<Self> {
+        Self::with_binary(topology, binary()?)
+    }
+
+    /// Another binary, and a CA in the topology's directory.
+    pub fn with_binary(topology: &Topology, binary: PathBuf) -> Result<Self> {
         Ok(Self {
-            binary: binary()?,
+            binary,
             ca_directory: topology.directory()?.join("ca"),
             environment: Vec::new(),
         })

@@ -24,6 +24,7 @@ mod demo;
 mod envoy;
 mod floors;
 mod fuzz;
+mod guard;
 mod house;
 mod kernels;
 mod process;
@@ -31,6 +32,7 @@ mod setup;
 mod source;
 mod tally;
 mod test;
+mod traffic;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -61,6 +63,8 @@ enum Verb {
     Floors,
     /// Everything, or one stage, counted.
     Test(test::Args),
+    /// Varied traffic through two nodes, every byte checked.
+    Traffic(traffic::Args),
     /// Run the fuzz targets.
     Fuzz(fuzz::Args),
 }
@@ -87,6 +91,7 @@ fn run(house: &House, verb: Verb) -> Result<bool> {
         Verb::Check => check::run(house),
         Verb::Floors => floors::run(house),
         Verb::Test(args) => test::run(house, &args),
+        Verb::Traffic(args) => traffic::run(&args, || setup::node(house)),
         Verb::Fuzz(args) => fuzz::run(house, &args),
     }
 }
