@@ -167,6 +167,12 @@ struct Mesh {
 }
 
 impl Mesh {
+    /// Follows for as long as there is something to follow, and never ends.
+    async fn follow_on(&mut self) {
+        while self.follow().await {}
+        std::future::pending().await
+    }
+
     /// Waits for the next world, or for other lists of revoked certificates, and judges the open
     /// connections by it. False: there will be no other world. Cancel safe.
     async fn follow(&mut self) -> bool {
@@ -302,13 +308,9 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
                 }
                 Some(Order::Drain(deadline)) => {
                     // What policy stops to admit ends also now.
-                    let follow = async {
-                        while mesh.follow().await {}
-                        std::future::pending::<()>().await;
-                    };
                     tokio::select! {
                         () = drain(pods, deadline) => {}
-                        () = follow => {}
+                        () = mesh.follow_on() => {}
                     }
                     break;
                 }

@@ -142,18 +142,7 @@ fn own(books: &[Book]) -> [Family; 6] {
             labels.push(("reason", Cow::Borrowed(reason.as_str())));
             Row { labels, value }
         }));
-        by_path.extend(SecurityPolicy::ALL.into_iter().map(|path| {
-            let mut labels = labels.clone();
-            labels.push(("path", Cow::Borrowed(path.path())));
-            let counts = tallies().flat_map(|tally| tally.by_path.get());
-            Row {
-                labels,
-                value: counts
-                    .filter(|(each, _)| *each == path)
-                    .map(|(_, n)| n)
-                    .sum(),
-            }
-        }));
+        by_path.extend(routed(books, direction));
         sockets.push(Row {
             labels: vec![("reporter", Cow::Borrowed(direction.reporter()))],
             value: tallies().map(|tally| tally.sockets.get()).sum(),
@@ -203,6 +192,24 @@ fn own(books: &[Book]) -> [Family; 6] {
             revoked,
         ),
     ]
+}
+
+/// Connections by how their bytes go.
+fn routed(books: &[Book], direction: Direction) -> impl Iterator<Item = Row> {
+    SecurityPolicy::ALL.into_iter().map(move |path| {
+        let tallies = books.iter().map(|book| book.tally(direction));
+        let counts = tallies.flat_map(|tally| tally.by_path.get());
+        Row {
+            labels: vec![
+                ("direction", Cow::Borrowed(direction.as_str())),
+                ("path", Cow::Borrowed(path.path())),
+            ],
+            value: counts
+                .filter(|(each, _)| *each == path)
+                .map(|(_, n)| n)
+                .sum(),
+        }
+    })
 }
 
 fn endings(books: &[Book], direction: Direction) -> BTreeMap<Reason, u64> {

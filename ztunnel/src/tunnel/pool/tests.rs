@@ -63,14 +63,14 @@ async fn until(what: impl Fn() -> bool) {
 
 /// Bytes there and back.
 async fn echoes(opened: &Opened, text: &'static [u8]) -> Result<(), Error> {
-    let mut queue = super::super::buffer::Queue::default();
+    let mut queue = Queue::default();
     queue.push(Bytes::from_static(text));
     while !queue.is_empty() {
-        std::future::poll_fn(|cx| opened.stream.poll_give(cx, &mut queue)).await?;
+        poll_fn(|cx| opened.stream.poll_give(cx, &mut queue)).await?;
     }
     let mut got = 0;
     while got < text.len() {
-        let more = std::future::poll_fn(|cx| opened.stream.poll_take(cx, &mut queue)).await?;
+        let more = poll_fn(|cx| opened.stream.poll_take(cx, &mut queue)).await?;
         assert!(more);
         let front = queue.front().unwrap();
         assert_eq!(*front, text[got..got + front.len()]);
@@ -604,7 +604,7 @@ async fn application(
     let mut recv = request.into_body();
     let mut send = respond.send_response(Response::new(()), false).unwrap();
     match port {
-        DEAF => drop(std::future::poll_fn(|cx| send.poll_reset(cx)).await),
+        DEAF => drop(poll_fn(|cx| send.poll_reset(cx)).await),
         LOUD => while give(&mut send, Bytes::from(vec![7; 1 << 16])).await.is_ok() {},
         _ => {
             while let Some(Ok(data)) = recv.data().await {
@@ -617,11 +617,11 @@ async fn application(
 
 /// Sends for ever.
 async fn upload(opened: Opened) {
-    let mut queue = super::super::buffer::Queue::default();
+    let mut queue = Queue::default();
     loop {
         queue.push(Bytes::from(vec![7; 1 << 16]));
         while !queue.is_empty() {
-            let given = std::future::poll_fn(|cx| opened.stream.poll_give(cx, &mut queue)).await;
+            let given = poll_fn(|cx| opened.stream.poll_give(cx, &mut queue)).await;
             given.unwrap();
         }
     }
@@ -629,9 +629,9 @@ async fn upload(opened: Opened) {
 
 /// Takes what comes and delivers none of it, as for a client that does not read.
 async fn download(opened: Opened) {
-    let mut queue = super::super::buffer::Queue::default();
+    let mut queue = Queue::default();
     loop {
-        let taken = std::future::poll_fn(|cx| opened.stream.poll_take(cx, &mut queue)).await;
+        let taken = poll_fn(|cx| opened.stream.poll_take(cx, &mut queue)).await;
         assert!(taken.unwrap());
     }
 }
