@@ -477,8 +477,9 @@ fn follow_revocations(file: Option<&Path>) -> Result<(Revocations, Option<Reader
         loop {
             match source.changed().await {
                 Ok(lists) => {
-                    info!(lists = lists.len(), "revocation lists replaced");
+                    let number = lists.len();
                     replace.send_replace(Arc::new(lists));
+                    info!(lists = number, "revocation lists replaced");
                 }
                 Err(error) => warn!(
                     error = %Chain(&error),
