@@ -157,6 +157,7 @@ fn the_token_is_read_again_for_each_stream() -> Result<()> {
     play.wait_log(mark, &["no stream to the control plane", "holds no token"])?;
     fs::remove_file(&file)?;
     play.wait_log(mark, &["no stream to the control plane", "read", "token"])?;
+    let mark = play.a.log().mark();
     expect("third-token");
     let secret = file.with_extension("3");
     fs::write(&secret, "third-token")?;
