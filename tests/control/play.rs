@@ -180,6 +180,22 @@ pub(crate) fn wait_echo(netns: &Netns, to: SocketAddr, answers: bool) -> Result<
     Ok(started.elapsed())
 }
 
+/// Connects until node a refuses for this reason; what was under way before may end for another.
+pub(crate) fn wait_refused(play: &Play, netns: &Netns, to: SocketAddr, reason: &str) -> Result<()> {
+    let mark = play.a.access_lines().len();
+    wait::until(
+        &format!("{to} to be refused for {reason}"),
+        PATIENCE,
+        || {
+            apps::knock(netns, to, REQUEST, Duration::from_secs(2)).ok()?;
+            let lines = play.a.access_lines();
+            let refused = |line: &Line| line.get("reason") == Some(reason);
+            lines.iter().skip(mark).any(refused).then_some(())
+        },
+    )
+    .with_context(|| play.story())
+}
+
 /// Asserts that an open connection carries bytes both ways.
 pub(crate) fn assert_alive(stream: &mut TcpStream) -> Result<()> {
     use std::io::{Read as _, Write as _};

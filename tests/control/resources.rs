@@ -13,7 +13,7 @@ use ztunnel_tests::{
 };
 
 use crate::play::{
-    Play, allow, assert_alive, assert_echo, assert_ends, endpoint, service, wait_echo,
+    Play, allow, assert_alive, assert_echo, assert_ends, endpoint, service, wait_echo, wait_refused,
 };
 
 fn pods() -> Builder {
@@ -133,10 +133,8 @@ fn workloads_and_services_find_each_other_in_any_order() -> Result<()> {
     ensure!(answer.request.error_detail.is_none(), "{answer:?}");
     assert_echo(&client.netns, at_vip())?;
     // The last endpoint goes, then the service.
-    let mark = play.a.log().mark();
     play.plane.remove(ADDRESS, &workload_of(server).uid);
-    wait_echo(&client.netns, at_vip(), false).context("without endpoints")?;
-    play.access(mark, &[("reason", "no_endpoint")])?;
+    wait_refused(&play, &client.netns, at_vip(), "no_endpoint")?;
     play.plane
         .remove(ADDRESS, "demo/web.demo.svc.cluster.local");
     let held = |seen: &Seen| !seen.request.response_nonce.is_empty();
@@ -178,14 +176,11 @@ fn a_policy_that_never_comes_closes_the_workload_that_names_it() -> Result<()> {
     let play = Play::start(pods())?;
     let (client, server) = (play.pod("client")?, play.pod("server")?);
     let _app = Server::start(&server.netns, 9000, apps::echo)?;
-    let mark = play.a.log().mark();
     play.plane.workload(Workload {
         authorization_policies: vec!["demo/never".to_owned()],
         ..workload_of(server)
     });
-    wait_echo(&client.netns, server.at(9000), false)?;
-    play.access(mark, &[("reason", "policy_missing")])?;
-    Ok(())
+    wait_refused(&play, &client.netns, server.at(9000), "policy_missing")
 }
 
 #[test]

@@ -157,12 +157,11 @@ fn the_token_is_read_again_for_each_stream() -> Result<()> {
     play.wait_log(mark, &["no stream to the control plane", "holds no token"])?;
     fs::remove_file(&file)?;
     play.wait_log(mark, &["no stream to the control plane", "read", "token"])?;
-    let mark = play.a.log().mark();
     expect("third-token");
     let secret = file.with_extension("3");
     fs::write(&secret, "third-token")?;
     std::os::unix::fs::symlink(&secret, &file)?;
-    play.wait_log(mark, &["connected to the control plane"])?;
+    play.plane.wait_streams(3)?;
     let last = play.plane.heads().last().cloned().context("no stream")?;
     ensure!(last["authorization"] == "Bearer third-token", "{last:?}");
     ensure!(play.readiness()?.status == 200, "it was ready and stays so");
