@@ -4,12 +4,17 @@ use std::convert::Infallible;
 use std::io::Write;
 use std::sync::mpsc::Receiver;
 #[expect(clippy::disallowed_types, reason = "a test's own buffer")]
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use super::*;
 
 /// Runs `f` under a subscriber of this format and filter; gives what it wrote, with `TIME` as time.
 pub(crate) fn logged(format: Format, filter: &str, f: impl FnOnce()) -> String {
+    // Where one subscriber is all there is, a thread that has none and comes to a place in the code
+    // first would silence that place for everybody.
+    static OTHER: LazyLock<tracing::Dispatch> =
+        LazyLock::new(|| tracing::Dispatch::new(tracing_subscriber::registry()));
+    LazyLock::force(&OTHER);
     let lines = Lines::default();
     let writer = lines.clone();
     let time: fn(&mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result =
