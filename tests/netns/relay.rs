@@ -215,16 +215,23 @@ fn an_application_that_vanishes_without_a_word_is_answered_for_inside_its_pod() 
     let both = Mutex::new((gate, tell));
     let _speaks = Server::start(&server.netns, 9000, move |mut stream| {
         stream.read_exact(&mut [0])?;
+        stream.write_all(b"y")?;
         let both = both.lock().unwrap_or_else(PoisonError::into_inner);
         both.0.recv_timeout(PATIENCE).map_err(io::Error::other)?;
-        stream.write_all(b"are you there?")?;
-        let end = stream.read(&mut [0]).map_err(|e| e.kind());
-        both.1.send(end).map_err(io::Error::other)
+        // The reset answers what is said here, or what was said before and not acknowledged.
+        let end = stream
+            .write_all(b"are you there?")
+            .and_then(|()| stream.read(&mut [0]));
+        both.1
+            .send(end.map_err(|e| e.kind()))
+            .map_err(io::Error::other)
     })?;
     let sniffer = mesh.sniffer()?;
     for to in [server.at(9000), server.at6(9000)] {
         let mut app = apps::dial(&client.netns, to)?;
         app.write_all(b"x")?;
+        // From here on it owes nobody an answer: what came is acknowledged, what it sent was answered.
+        app.read_exact(&mut [0])?;
         // A socket under repair is closed without a packet.
         setsockopt(&app, sockopt::TcpRepair, &1)?;
         drop(app);
