@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use ztunnel_tests::{
+    access::Line,
     apps::{self, Server},
     control_plane::{ADDRESS, Seen, workload_of},
     topology::{Builder, Topology},
+    wait,
 };
 
-use crate::play::{PATIENCE, Play, assert_echo, endpoint, service, wait_echo};
+use crate::play::{PATIENCE, Play, assert_echo, endpoint, service};
 
 const ON_DEMAND: [(&str, &str); 2] = [
     ("XDS_ON_DEMAND", "true"),
@@ -71,13 +73,15 @@ fn an_address_that_gets_its_pod_later_is_asked_for_on_another_stream() -> Result
     ensure!(line.get("dst.workload").is_none(), "{line:?}");
     play.plane.workload(workload_of(server));
     let streams = play.plane.heads().len();
-    std::thread::sleep(Duration::from_secs(6));
+    // Until it is asked for again, it is an address of nobody's.
     let mark = play.a.log().mark();
-    wait_echo(&client.netns, server.at(9000), true)?;
-    play.access(
-        mark,
-        &[("dst.workload", "server"), ("direction", "outbound")],
-    )?;
+    let known = [("dst.workload", "server"), ("direction", "outbound")];
+    let known = |line: &str| Line::access(line).filter(|line| line.has(&known));
+    wait::until("the pod to be known", PATIENCE, || {
+        assert_echo(&client.netns, server.at(9000)).ok()?;
+        let log = play.a.log();
+        log.wait_since(mark, "", Duration::ZERO, known).ok()
+    })?;
     ensure!(play.plane.heads().len() > streams, "on the same stream");
     Ok(())
 }

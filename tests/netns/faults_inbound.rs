@@ -259,11 +259,7 @@ fn a_byte_per_frame_for_long_is_carried_and_costs_little() -> Result<()> {
 // Nobody reads them: they are counted, not kept.
 #[test]
 fn a_flood_of_tiny_frames_ends_its_tunnel_before_it_fills_the_memory() -> Result<()> {
-    let stage = Stage::set(|stream| {
-        std::thread::sleep(Duration::from_secs(30));
-        drop(stream);
-        Ok(())
-    })?;
+    let stage = Stage::set(apps::read_nothing)?;
     let base = resident_bytes(stage.mesh.b.pid())?;
     let mut peer = stage.connect()?;
     peer.ask(1, &stage.authority()?)?;
@@ -339,12 +335,7 @@ fn a_window_that_stays_closed_costs_what_the_buffers_hold() -> Result<()> {
 
 #[test]
 fn more_bytes_than_the_window_allows_end_the_offender() -> Result<()> {
-    // An application that reads nothing.
-    let stage = Stage::set(|stream| {
-        std::thread::sleep(Duration::from_secs(60));
-        drop(stream);
-        Ok(())
-    })?;
+    let stage = Stage::set(apps::read_nothing)?;
     let mut peer = stage.connect()?;
     peer.ask(1, &stage.authority()?)?;
     peer.wait(peer::HEADERS)?;

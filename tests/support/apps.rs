@@ -6,12 +6,14 @@ use std::{
     collections::HashMap,
     io::{self, ErrorKind, Read as _, Write as _},
     net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd as _,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::SockRef;
 
 use crate::netns::Netns;
@@ -214,6 +216,15 @@ pub fn count_until_eof(mut stream: TcpStream) -> io::Result<()> {
 pub fn reset(mut stream: TcpStream) -> io::Result<()> {
     stream.read_exact(&mut [0])?;
     abort(stream)
+}
+
+/// Reads nothing, until the connection is ended or reset by the other side.
+pub fn read_nothing(stream: TcpStream) -> io::Result<()> {
+    // The crate has no name for this one.
+    let end = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    let mut end = [PollFd::new(stream.as_fd(), end)];
+    poll(&mut end, PollTimeout::from(UNREAD_MS))?;
+    Ok(())
 }
 
 /// Reads `chunk` bytes at a time with `pause` between, until the end: it keeps the sender waiting.
@@ -444,3 +455,6 @@ fn read_head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
 const SEEN_CONNECTIONS: usize = 100_000;
 const REPLY_BYTES: u64 = 64 * 1024 * 1024;
 const HEAD_BYTES: usize = 64 * 1024;
+
+/// For how long nothing is read at most.
+const UNREAD_MS: u16 = 60_000;
