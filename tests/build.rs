@@ -1,6 +1,7 @@
-//! Compiles the control plane's messages for the servers of the harness, from the same `.proto` files as the product.
+//! Compiles the control plane's messages for the harness and, a folder deeper, for the fuzz targets, from the same
+//! `.proto` files as the product.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 fn main() -> ExitCode {
     match messages() {
@@ -13,14 +14,15 @@ fn main() -> ExitCode {
 }
 
 fn messages() -> Result<(), Box<dyn std::error::Error>> {
-    println!("cargo::rerun-if-changed={PROTO}");
+    let proto = ["../ztunnel/proto", "../../ztunnel/proto"];
+    let proto = proto.into_iter().find(|path| Path::new(path).is_dir());
+    let proto = proto.ok_or("no ztunnel/proto beside this package")?;
+    println!("cargo::rerun-if-changed={proto}");
     let files = ["authorization", "citadel", "discovery", "workload"]
-        .map(|name| format!("{PROTO}/{name}.proto"));
-    let descriptors = protox::compile(files, [PROTO])?;
+        .map(|name| format!("{proto}/{name}.proto"));
+    let descriptors = protox::compile(files, [proto])?;
     prost_build::Config::new()
         .bytes(["."])
         .compile_fds(descriptors)?;
     Ok(())
 }
-
-const PROTO: &str = "../ztunnel/proto";

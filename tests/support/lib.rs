@@ -40,6 +40,7 @@ pub mod netns;
 pub mod peer;
 pub mod process;
 pub mod programs;
+#[path = "../../ztunnel/src/proto.rs"]
 pub mod proto;
 pub mod reaper;
 mod sys;
