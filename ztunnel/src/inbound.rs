@@ -20,7 +20,7 @@ use crate::model::{
     Workload,
 };
 use crate::resolve::{self, Asked, InboundQuery};
-use crate::tunnel::{self, Accepted, Request};
+use crate::tunnel::{self, Accepted, Carrying, Request};
 use crate::wire::{self, Authority, Baggage, ConnectRequest, Malformed, ProxyHeader, Traceparent};
 
 /// Serves one HBONE connection into the pod until its peer ends it. A connection that fails before
@@ -64,6 +64,7 @@ pub async fn serve(conn: Captured, place: Place, cx: Rc<Context>) {
         move |request: Request| {
             let cx = Rc::clone(&cx);
             let peer = Rc::clone(&peer);
+            let request = Box::new(request);
             spawn_local(async move { request_to_end(request, &peer, &cx).await });
         }
     };
@@ -90,20 +91,30 @@ async fn handshake(stream: TcpStream, cx: &Context) -> Result<Accepted<TcpStream
 }
 
 /// Serves one request of the peer to its end.
-async fn request_to_end(request: Request, peer: &Peer, cx: &Context) {
-    let connect = ConnectRequest::decode(&request.parts);
-    let trace = connect.as_ref().ok().and_then(|c| c.traceparent);
+async fn request_to_end(request: Box<Request>, peer: &Peer, cx: &Context) {
+    let connect = Box::new(ConnectRequest::decode(&request.parts));
+    let trace = connect.as_ref().as_ref().ok();
+    let trace = trace.and_then(|connect| connect.traceparent);
     let ledger = cx.book.open(Opening {
         direction: Direction::Inbound,
         source: peer.client,
         destination: peer.original,
         trace_id: trace.map_or_else(|| fastrand::u128(..), Traceparent::trace_id),
     });
-    let (mut forced, mut cut) = (cx.drain.clone(), request.tunnel());
+    let mut cut = request.tunnel();
+    // Apart, so that what it needs is given back before bytes move.
+    let opening = Box::pin(async {
+        let mut forced = cx.drain.clone();
+        tokio::select! {
+            biased;
+            opened = open(request, connect, peer, cx, &ledger) => opened,
+            reason = forced.forced() => Err(Failure::Forced(reason)),
+        }
+    });
     let end = tokio::select! {
         biased;
-        end = walk(request, connect, peer, cx, &ledger) => end,
-        reason = forced.forced() => Err(Failure::Forced(reason)),
+        // From its answer on it hears itself when it is told to end, and resets both sides.
+        end = async { opening.await?.await } => end,
         // Dropping the walk resets both sides.
         reason = cut.forced() => Err(Failure::Cut(reason)),
     };
@@ -113,17 +124,17 @@ async fn request_to_end(request: Request, peer: &Peer, cx: &Context) {
     }
 }
 
-async fn walk(
-    mut request: Request,
-    connect: Result<ConnectRequest, Malformed>,
+/// Everything up to the answer.
+async fn open<'a>(
+    mut request: Box<Request>,
+    connect: Box<Result<ConnectRequest, Malformed>>,
     peer: &Peer,
     cx: &Context,
-    ledger: &Ledger,
-) -> Result<(), Failure> {
-    let prepared = match connect {
+    ledger: &'a Ledger,
+) -> Result<Carrying<'a, Failure>, Failure> {
+    let prepared = match *connect {
         Ok(connect) => tokio::select! {
-            // Apart, so that what it needs is given back before bytes move.
-            prepared = Box::pin(prepare(&connect, peer, cx, ledger)) => prepared,
+            prepared = prepare(&connect, peer, cx, ledger) => prepared,
             // A peer that gave up must not keep us busy.
             withdrawn = request.withdrawn() => Err(withdrawn.into()),
         },
@@ -141,9 +152,7 @@ async fn walk(
         .response_baggage
         .then(|| Baggage::of(&local).encode());
     let stream = request.accept(wire::accepted(baggage.as_ref()))?;
-    let mut drain = cx.drain.clone();
-    tunnel::relay(stream, app, &permit, ledger, &mut drain).await?;
-    Ok(())
+    Ok(tunnel::carry(stream, app, permit, ledger, cx.drain.clone()))
 }
 
 /// Everything that must hold before the answer is 200.

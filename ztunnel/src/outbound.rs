@@ -17,13 +17,13 @@ use crate::model::{
     ClientAddr, Direction, OrigDst, Reason, SecurityPolicy, SpiffeId, ToReason, Workload,
 };
 use crate::resolve::{self, Found, Hop, Query, Route};
-use crate::tunnel::{self, Opened, Target};
+use crate::tunnel::{self, Carrying, Opened, Target};
 use crate::wire::{Authority, Baggage, Connect, Malformed, Traceparent};
 use local::Neighbour;
 
 /// Serves one connection of the pod to its end. Cancelling it resets both sides and records
 /// `drained`.
-pub async fn serve(conn: Captured, cx: &Context) {
+pub async fn serve(conn: Box<Captured>, cx: &Context) {
     let _open = cx.book.socket(Direction::Outbound);
     let trace = Traceparent::new(fastrand::u128(..), fastrand::u64(..));
     let ledger = cx.book.open(Opening {
@@ -32,31 +32,36 @@ pub async fn serve(conn: Captured, cx: &Context) {
         destination: conn.original,
         trace_id: trace.trace_id(),
     });
-    let mut forced = cx.drain.clone();
-    let end = tokio::select! {
-        // The relay, told to end, resets both sides itself; give it the first word.
-        biased;
-        end = walk(conn, cx, &ledger, trace) => end,
-        reason = forced.forced() => Err(Failure::Forced(reason)),
-    };
+    // Apart, so that what it needs is given back before bytes move.
+    let opening = Box::pin(async {
+        let mut forced = cx.drain.clone();
+        tokio::select! {
+            biased;
+            opened = open(conn, cx, &ledger, trace) => opened,
+            reason = forced.forced() => Err(Failure::Forced(reason)),
+        }
+    });
+    // From here on it hears itself when it is told to end, and resets both sides.
+    let end = async { opening.await?.await }.await;
     match end {
         Ok(()) => ledger.close(Reason::Complete, None),
         Err(failure) => ledger.close(failure.to_reason(), Some(&failure)),
     }
 }
 
-async fn walk(
-    conn: Captured,
-    cx: &Context,
-    ledger: &Ledger,
+/// Everything before the first byte.
+async fn open<'a>(
+    conn: Box<Captured>,
+    cx: &'a Context,
+    ledger: &'a Ledger,
     trace: Traceparent,
-) -> Result<(), Failure> {
+) -> Result<Carrying<'a, Failure>, Failure> {
     let Captured {
         stream,
         client,
         original: asked,
         ..
-    } = conn;
+    } = *conn;
     let stream = Unserved::new(stream);
     // Capture brings neither: such a connection was made to our listener, and would come back.
     if asked.ip().is_loopback() || asked.ip().is_unspecified() {
@@ -67,11 +72,9 @@ async fn walk(
         return Err(Failure::SelfCall);
     }
     cx.learn(&source, asked.ip()).await;
-    // Apart, so that what it needs is given back before bytes move.
-    match Box::pin(connect(cx, ledger, source, (client, asked, trace), &stream)).await? {
-        Reached::Far(way, permit, connected) => way.carry(stream, &permit, connected).await,
-        // Apart, so that a connection through a tunnel is not as large as both.
-        Reached::Near(way, near) => Box::pin(local::serve(way, near, stream, client, trace)).await,
+    match connect(cx, ledger, source, (client, asked, trace), &stream).await? {
+        Reached::Far(way, permit, connected) => Ok(way.carry(stream, permit, connected)),
+        Reached::Near(way, near) => Ok(Box::pin(local::serve(way, near, stream, client, trace))),
     }
 }
 
@@ -173,29 +176,26 @@ enum Connected {
     Tunnel(Opened),
 }
 
-impl Way<'_> {
-    async fn carry(
+impl<'a> Way<'a> {
+    fn carry(
         self,
         stream: Unserved,
-        permit: &Permit,
+        permit: Permit,
         connected: Connected,
-    ) -> Result<(), Failure> {
-        let mut drain = self.cx.drain.clone();
+    ) -> Carrying<'a, Failure> {
+        let drain = self.cx.drain.clone();
         match connected {
             Connected::Plain(upstream) => {
                 self.learn(SecurityPolicy::Unknown, None, None);
-                let stream = stream.serve();
-                tunnel::relay(stream, upstream, permit, self.ledger, &mut drain).await?;
+                tunnel::carry(stream.serve(), upstream, permit, self.ledger, drain)
             }
             Connected::Tunnel(Opened {
                 stream: far, peer, ..
             }) => {
                 self.learn(SecurityPolicy::MutualTls, Some(peer), self.asked_for());
-                let stream = stream.serve();
-                tunnel::relay(stream, far, permit, self.ledger, &mut drain).await?;
+                tunnel::carry(stream.serve(), far, permit, self.ledger, drain)
             }
         }
-        Ok(())
     }
 
     /// The record of a way that could not be opened.

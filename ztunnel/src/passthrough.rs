@@ -13,11 +13,11 @@ use crate::model::{
     Workload,
 };
 use crate::resolve::OWN_PORTS;
-use crate::tunnel;
+use crate::tunnel::{self, Carrying};
 
 /// Serves one plaintext connection into the pod to its end. Cancelling it resets both sides and
 /// records `drained`.
-pub async fn serve(conn: Captured, cx: &Context) {
+pub async fn serve(conn: Box<Captured>, cx: &Context) {
     let _open = cx.book.socket(Direction::Inbound);
     let ledger = cx.book.open(Opening {
         direction: Direction::Inbound,
@@ -25,25 +25,35 @@ pub async fn serve(conn: Captured, cx: &Context) {
         destination: conn.original,
         trace_id: fastrand::u128(..),
     });
-    let mut forced = cx.drain.clone();
-    let end = tokio::select! {
-        biased;
-        end = walk(conn, cx, &ledger) => end,
-        reason = forced.forced() => Err(Failure::Forced(reason)),
-    };
+    // Apart, so that what it needs is given back before bytes move.
+    let opening = Box::pin(async {
+        let mut forced = cx.drain.clone();
+        tokio::select! {
+            biased;
+            opened = open(conn, cx, &ledger) => opened,
+            reason = forced.forced() => Err(Failure::Forced(reason)),
+        }
+    });
+    // From here on it hears itself when it is told to end, and resets both sides.
+    let end = async { opening.await?.await }.await;
     match end {
         Ok(()) => ledger.close(Reason::Complete, None),
         Err(failure) => ledger.close(failure.to_reason(), Some(&failure)),
     }
 }
 
-async fn walk(conn: Captured, cx: &Context, ledger: &Ledger) -> Result<(), Failure> {
+/// Everything before the first byte.
+async fn open<'a>(
+    conn: Box<Captured>,
+    cx: &'a Context,
+    ledger: &'a Ledger,
+) -> Result<Carrying<'a, Failure>, Failure> {
     let Captured {
         stream,
         client,
         original,
         listener,
-    } = conn;
+    } = *conn;
     let stream = Unserved::new(stream);
     let port = original.port();
     // The listener has another port than usual where the application holds that one.
@@ -63,9 +73,8 @@ async fn walk(conn: Captured, cx: &Context, ledger: &Ledger) -> Result<(), Failu
     let app = async { Ok(cx.dial_app(client.ip(), app, &local).await?) };
     let app: Result<_, Failure> = stream.for_it(app).await;
     let app = app?;
-    let mut drain = cx.drain.clone();
-    tunnel::relay(stream.serve(), app, &permit, ledger, &mut drain).await?;
-    Ok(())
+    let drain = cx.drain.clone();
+    Ok(tunnel::carry(stream.serve(), app, permit, ledger, drain))
 }
 
 fn learn(

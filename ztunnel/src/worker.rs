@@ -371,6 +371,7 @@ fn serve(id: PodId, context: &Rc<Context>, listeners: WorkerListeners, by: &Acce
         on(outbound),
         Rc::clone(context),
         async |conn, cx| {
+            let conn = Box::new(conn);
             spawn_local(async move { outbound::serve(conn, &cx).await });
         },
     ));
@@ -382,6 +383,7 @@ fn serve(id: PodId, context: &Rc<Context>, listeners: WorkerListeners, by: &Acce
         on(plaintext),
         Rc::clone(context),
         async |conn, cx| {
+            let conn = Box::new(conn);
             spawn_local(async move { passthrough::serve(conn, &cx).await });
         },
     ));

@@ -23,7 +23,7 @@ pub use error::Error;
 pub use nested::{Inside, open_inside};
 pub use params::Params;
 pub use pool::{Dial, Opened, Pool, Target};
-pub use relay::{Side, Written, relay};
+pub use relay::{Carrying, Side, Written, carry, relay};
 pub use server::{Accepted, Request, handshake, serve};
 pub use stream::H2Stream;
 pub use tcp::{TcpKeepalive, tune};

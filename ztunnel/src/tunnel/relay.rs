@@ -2,6 +2,7 @@
 //! ended, with half-closes as half-closes and resets as resets; never buffers without bound.
 
 use std::future::poll_fn;
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use tokio::net::TcpStream;
@@ -67,18 +68,39 @@ pub async fn relay<A: Side, B: Side>(
     meter: &impl Meter,
     drain: &mut drain::Signal,
 ) -> Result<(), Error> {
-    let mut sides = Reset {
-        a: &a,
-        b: &b,
-        armed: true,
-    };
+    between(&a, &b, permit, meter, drain).await
+}
+
+/// What is left to do of a connection that is open.
+pub type Carrying<'a, E> = Pin<Box<dyn Future<Output = Result<(), E>> + 'a>>;
+
+/// [`relay`] as a future that owns what it needs and nothing else: it is all that most connections
+/// hold for most of their time.
+pub fn carry<'a, A: Side + 'a, B: Side + 'a, E: From<Error>>(
+    a: A,
+    b: B,
+    permit: Permit,
+    meter: &'a impl Meter,
+    mut drain: drain::Signal,
+) -> Carrying<'a, E> {
+    Box::pin(async move { Ok(between(&a, &b, &permit, meter, &mut drain).await?) })
+}
+
+async fn between<A: Side, B: Side>(
+    a: &A,
+    b: &B,
+    permit: &Permit,
+    meter: &impl Meter,
+    drain: &mut drain::Signal,
+) -> Result<(), Error> {
+    let mut sides = Reset { a, b, armed: true };
     let end = tokio::select! {
         // Orders first: a busy connection must not outrun them. Failures last: what a side sent
         // before its reset is still delivered, unless the other side is slow.
         biased;
         reason = permit.revoked() => Err(Error::Revoked(reason)),
         reason = drain.forced() => Err(Error::Drained(reason)),
-        end = copy(&a, &b, meter) => end,
+        end = copy(a, b, meter) => end,
         error = a.failed() => Err(error),
         error = b.failed() => Err(error),
     };

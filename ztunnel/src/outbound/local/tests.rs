@@ -63,7 +63,7 @@ fn mesh(ip: IpAddr, port: u16, change: impl FnOnce(&mut Workload), policies: Vec
 async fn dial(pod: &Pod) -> TcpStream {
     let (app, captured) = pod.captured("10.96.0.1:80".parse().unwrap(), 15001).await;
     let cx = Rc::clone(&pod.cx);
-    tokio::task::spawn_local(async move { super::super::serve(captured, &cx).await });
+    tokio::task::spawn_local(async move { super::super::serve(Box::new(captured), &cx).await });
     app
 }
 
