@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
-use tokio::task::{LocalSet, spawn_local, unconstrained};
+use tokio::task::{LocalSet, spawn_local};
 use tracing::{debug, error, warn};
 
 use crate::account::Book;
@@ -428,7 +428,7 @@ async fn accept(
         }
     }
     // What the kernel has accepted already would be reset with the listener.
-    while let Some(conn) = waiting(&listener).await {
+    while let Some(conn) = listener.waiting() {
         serve(conn, Rc::clone(&context)).await;
     }
 }
@@ -438,16 +438,6 @@ impl Accepting {
     async fn accept(&self, listener: &Listener) -> io::Result<Captured> {
         self.descriptors.keep_spare()?;
         listener.accept().await
-    }
-}
-
-/// A connection that waits to be accepted, if there is one.
-async fn waiting(listener: &Listener) -> Option<Captured> {
-    let accepted = unconstrained(listener.accept());
-    tokio::select! {
-        biased;
-        accepted = accepted => accepted.ok(),
-        () = std::future::ready(()) => None,
     }
 }
 

@@ -2,8 +2,10 @@
 //! addresses in canonical form; never reads a byte.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::model::{ClientAddr, ListenAddr, OrigDst};
@@ -55,16 +57,40 @@ impl Listener {
                 Err(error) if is_of_the_connection(&error) => continue,
                 Err(error) => return Err(error),
             };
-            let Ok(local) = stream.local_addr() else {
+            if let Ok(captured) = self.captured(stream, peer) {
+                return Ok(captured);
+            }
+        }
+    }
+
+    /// A connection that waits to be accepted, if there is one. It asks the kernel, and not what the runtime has heard
+    /// of it: what the runtime has not heard yet would be reset with the listener.
+    pub fn waiting(&self) -> Option<Captured> {
+        loop {
+            let (socket, peer) = match SockRef::from(&self.socket).accept() {
+                Ok(accepted) => accepted,
+                Err(error) if is_of_the_connection(&error) => continue,
+                Err(_) => return None,
+            };
+            let Some(peer) = peer.as_socket() else {
                 continue;
             };
-            return Ok(Captured {
-                stream,
-                client: ClientAddr::new(peer),
-                original: OrigDst::new(local),
-                listener: self.own,
-            });
+            let stream = socket
+                .set_nonblocking(true)
+                .and_then(|()| TcpStream::from_std(socket.into()));
+            if let Ok(captured) = stream.and_then(|stream| self.captured(stream, peer)) {
+                return Some(captured);
+            }
         }
+    }
+
+    fn captured(&self, stream: TcpStream, peer: SocketAddr) -> io::Result<Captured> {
+        Ok(Captured {
+            client: ClientAddr::new(peer),
+            original: OrigDst::new(stream.local_addr()?),
+            listener: self.own,
+            stream,
+        })
     }
 }
 
@@ -83,4 +109,33 @@ fn is_of_the_connection(error: &io::Error) -> bool {
             | io::ErrorKind::ConnectionRefused
             | io::ErrorKind::Interrupted
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_waits_is_found_before_the_runtime_has_heard_of_it() {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let at = socket.local_addr().unwrap();
+        let listener = Listener::new(socket).unwrap();
+        assert!(listener.waiting().is_none());
+        // Nothing is awaited between this and the question.
+        let client = std::net::TcpStream::connect(at).unwrap();
+        let found = loop {
+            // The last packet of the handshake may be on its way.
+            if let Some(found) = listener.waiting() {
+                break found;
+            }
+            std::thread::yield_now();
+        };
+        assert_eq!(
+            found.stream.peer_addr().unwrap(),
+            client.local_addr().unwrap()
+        );
+        assert_eq!(found.original, OrigDst::new(at));
+        assert!(listener.waiting().is_none());
+    }
 }
