@@ -407,7 +407,7 @@ fn further_paths_of_mptcp_are_captured() {
     let to_pod = world.in_pod(|| connected(mptcp(), POD4));
     let (from_pod, _) = inside.accept().unwrap();
     // The kernel tells and tries in its own time. The path comes to us, who speak no MPTCP.
-    let tried = (0..100).any(|_| {
+    let tried = (0..1200).any(|_| {
         for (from, to) in [(&to_pod, &from_pod), (&from_pod, &to_pod)] {
             from.send(b"tell").unwrap();
             assert_eq!(to.recv(&mut [MaybeUninit::uninit(); 4]).unwrap(), 4);

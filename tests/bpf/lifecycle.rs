@@ -189,7 +189,7 @@ fn a_pod_whose_namespace_is_gone_is_collected() {
     assert_eq!(capture.collect().unwrap(), []);
     ip(&format!("netns del {}", world.pod()));
     // The kernel takes a namespace down in its own time and tells nobody.
-    let collected = (0..200)
+    let collected = (0..2400)
         .map(|_| {
             thread::park_timeout(Duration::from_millis(50));
             capture.collect().unwrap()

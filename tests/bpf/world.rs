@@ -28,7 +28,7 @@ pub(crate) const PEER6: &str = "fd99::1";
 /// Where the peer's server listens, and where the pod's application does.
 pub(crate) const PORT: u16 = 8080;
 /// Longer than anything that does happen takes.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How long we watch for something that must not happen: past a first retransmission.
 pub(crate) const WATCH: Duration = Duration::from_millis(1300);
 
@@ -65,6 +65,17 @@ impl World {
             ip(&format!("-n {namespace} link set eth0 up"));
         }
         ip(&format!("-n {peer} link set lo up"));
+        // The kernel takes notice of a carrier in its own time, and then changes routes.
+        for namespace in [&pod, &peer] {
+            let up = (0..2000).any(|_| {
+                let up = ip(&format!("-n {namespace} link show dev eth0")).contains("state UP");
+                if !up {
+                    thread::park_timeout(Duration::from_millis(5));
+                }
+                up
+            });
+            assert!(up, "no carrier in {namespace}");
+        }
         world
     }
 

@@ -29,7 +29,7 @@ use ztunnel_tests::{
     wire::Sniffer,
 };
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 #[expect(
     clippy::unwrap_used,
@@ -241,10 +241,15 @@ fn nginx_and_curl_talk_across_nodes_and_the_sniffer_finds_the_canary() {
         assert_eq!(fetched.body, body);
     }
     let seen = sniffer.seen().unwrap();
-    assert_eq!(seen.count(b"kanarienvogel").unwrap(), 2, "{seen:?}");
+    // A slow machine may send a packet again.
+    assert!(seen.count(b"kanarienvogel").unwrap() >= 2, "{seen:?}");
     assert_eq!(seen.count(b"nachtigall").unwrap(), 0);
-    assert_eq!(seen.segments_on(80).filter(|s| s.syn && !s.ack).count(), 2);
-    assert_eq!(nginx.requests().unwrap().len(), 2);
+    assert!(seen.segments_on(80).filter(|s| s.syn && !s.ack).count() >= 2);
+    // nginx writes its line once the answer is gone.
+    wait::until("nginx's lines", PATIENCE, || {
+        (nginx.requests().unwrap().len() == 2).then_some(())
+    })
+    .unwrap();
     sniffer.clear().unwrap();
     assert_eq!(sniffer.seen().unwrap().count(b"kanarienvogel").unwrap(), 0);
 }

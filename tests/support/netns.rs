@@ -4,7 +4,7 @@
 use std::{
     fmt,
     fs::File,
-    io::ErrorKind,
+    io::{self, ErrorKind},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::MetadataExt as _,
     panic::resume_unwind,
@@ -14,7 +14,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::socket::{Backlog, listen},
+};
 
 use crate::wait;
 
@@ -73,7 +76,7 @@ impl Netns {
     /// a program that another test is starting: between fork and exec it holds what we hold.
     pub fn listen(&self, at: SocketAddr) -> Result<TcpListener> {
         wait::until("the address to be free", FREED, || {
-            match self.within(|| Ok(TcpListener::bind(at))) {
+            match self.within(|| Ok(bound(at))) {
                 Ok(Err(e)) if e.kind() == ErrorKind::AddrInUse => None,
                 other => Some(other.and_then(|bound| Ok(bound?))),
             }
@@ -95,8 +98,16 @@ impl fmt::Display for Netns {
     }
 }
 
+fn bound(at: SocketAddr) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind(at)?;
+    listen(&listener, Backlog::new(BACKLOG)?)?;
+    Ok(listener)
+}
+
 /// Where `ip netns` keeps its names.
 pub const RUN_NETNS: &str = "/run/netns";
 
 /// For how long a listener that was closed may still be there.
-const FREED: Duration = Duration::from_secs(5);
+const FREED: Duration = Duration::from_secs(30);
+/// Its queue must not be the narrowest place of a test: what it drops comes again after seconds.
+const BACKLOG: i32 = 4096;

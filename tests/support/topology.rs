@@ -14,11 +14,12 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{leftovers, netns::Netns, process::output};
+use crate::{leftovers, netns::Netns, process::output, wait};
 
 /// Nodes and pods that exist until this value is dropped.
 #[derive(Debug)]
@@ -223,6 +224,21 @@ impl Topology {
         for node in &self.nodes {
             batch(Some(&node.netns), &self.node_routes(node)?)?;
         }
+        self.wait_carriers()
+    }
+
+    /// The kernel takes notice of a carrier in its own time, and then adds addresses and routes; until then it drops
+    /// what is sent.
+    fn wait_carriers(&self) -> Result<()> {
+        for node in &self.nodes {
+            let own = self.pods.iter().filter(|pod| pod.node == node.name);
+            let devices = own.map(|pod| format!("p-{}", pod.name));
+            let devices: Vec<_> = devices.chain([LINK.to_owned()]).collect();
+            wait_link_local(&node.netns, &devices)?;
+        }
+        for pod in &self.pods {
+            wait_link_local(&pod.netns, &["eth0".to_owned()])?;
+        }
         Ok(())
     }
 
@@ -355,6 +371,28 @@ fn as_hex(host: u8) -> Result<u16> {
     Ok(u16::from_str_radix(&host.to_string(), 16)?)
 }
 
+/// Waits until the kernel has made a link-local address for each of these devices. One that is set to make none is
+/// waited for in vain, and not for long.
+fn wait_link_local(netns: &Netns, devices: &[String]) -> Result<()> {
+    netns.within(|| {
+        drop(wait::until("the devices to be ready", CARRIER, || {
+            // `/proc/net` would show the namespace of the process, not of this thread.
+            let addresses = fs::read_to_string("/proc/thread-self/net/if_inet6").ok()?;
+            let made = |device: &String| {
+                addresses.lines().any(|line| {
+                    let words: Vec<_> = line.split_whitespace().collect();
+                    // The gateway's is ours.
+                    words.first().is_some_and(|at| {
+                        at.starts_with("fe80") && !at.ends_with("0000000000000001")
+                    }) && words.last() == Some(&device.as_str())
+                })
+            };
+            devices.iter().all(made).then_some(())
+        }));
+        Ok(())
+    })
+}
+
 fn batch(netns: Option<&Netns>, lines: &str) -> Result<()> {
     let mut args = netns.map_or_else(Vec::new, |netns| vec!["-n", netns.name()]);
     args.extend(["-batch", "-"]);
@@ -367,5 +405,7 @@ const NODES: [(&str, u8); 2] = [("a", 1), ("b", 2)];
 const FIRST_HOST: u8 = 10;
 /// The same on every node, as clusters do it; a pod needs no neighbour discovery of its own.
 const GATEWAY_LINK_LOCAL: &str = "fe80::1";
+/// How long the kernel may take to notice a carrier.
+const CARRIER: Duration = Duration::from_secs(5);
 /// Reverse path filtering as distributions set it: a source needs a route, by any device.
 const LOOSE: &str = "2";
