@@ -109,7 +109,7 @@ fn fuzz(house: &House, name: &str, seconds: u32) -> Result<End> {
     }
     target.args([
         &format!("-max_total_time={seconds}"),
-        "-timeout=5",
+        "-timeout=25",
         "-rss_limit_mb=2048",
     ]);
     target.arg(format!("-artifact_prefix={}/", findings.display()));
@@ -156,7 +156,7 @@ const SEEDS: &str = "tests/fuzz/seeds";
 const MANIFEST: &str = "tests/fuzz/Cargo.toml";
 const SMOKE_SECONDS: u32 = 4;
 /// For reading the corpus and writing a finding.
-const GRACE_SECONDS: u64 = 60;
+const GRACE_SECONDS: u64 = 120;
 /// What libFuzzer needs to see of a program. All of it is stable; a sanitizer would not be, and safe Rust gains little.
 const COVERAGE: &str = "--cfg fuzzing -Cdebug-assertions -Coverflow-checks -Ccodegen-units=1 \
     -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

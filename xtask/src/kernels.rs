@@ -412,7 +412,7 @@ const MACHINE: [&str; 16] = [
 ];
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const FETCH_LIMIT: Duration = Duration::from_secs(10 * 60);
-const BOOT_LIMIT: Duration = Duration::from_secs(15 * 60);
+const BOOT_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 #[cfg(test)]
 mod tests {

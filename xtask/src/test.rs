@@ -197,6 +197,6 @@ const E2E: [&str; 6] = [
 const INTEROP: [&str; 2] = ["--package=ztunnel-tests", "--test=interop"];
 const ISTIOD: [&str; 2] = ["--package=ztunnel-tests", "--test=istiod"];
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
-const RUN_LIMIT: Duration = Duration::from_secs(15 * 60);
+const RUN_LIMIT: Duration = Duration::from_secs(40 * 60);
 /// Unit tests share nothing.
 const UNIT_THREADS: &str = "4";
