@@ -9,7 +9,7 @@ use ztunnel_tests::{
     topology::{Builder, Topology},
 };
 
-use crate::play::{Play, assert_alive, assert_echo, wait_echo};
+use crate::play::{Play, assert_alive, assert_echo, wait_refused};
 
 fn pods() -> Builder {
     Topology::builder().pod("client", "a").pod("server", "b")
@@ -62,9 +62,12 @@ fn an_answer_that_is_not_what_was_asked_for_serves_nobody() -> Result<()> {
         let line = play.wait_log(0, &["no certificate", said])?;
         ensure!(line.contains("sa/client"), "it names the identity: {line}");
         let (client, server) = (play.pod("client")?, play.pod("server")?);
-        let mark = play.a.log().mark();
-        wait_echo(&client.netns, server.at(9000), false)?;
-        play.access(mark, &[("reason", "identity_unavailable")])?;
+        wait_refused(
+            &play,
+            &client.netns,
+            server.at(9000),
+            "identity_unavailable",
+        )?;
     }
     Ok(())
 }
@@ -109,7 +112,7 @@ fn a_pod_that_the_ca_has_not_seen_yet_is_asked_for_again_soon() -> Result<()> {
     let asked = play.plane.csrs().len();
     play.plane.wait_csrs(asked + 1)?;
     ensure!(
-        seen.elapsed() < Duration::from_secs(3),
+        seen.elapsed() < Duration::from_secs(20),
         "{:?}",
         seen.elapsed()
     );
@@ -135,7 +138,7 @@ fn a_ca_that_is_down_does_not_stop_what_has_a_certificate() -> Result<()> {
 // B059, and another root for workloads, with and without the old one beside it.
 #[test]
 fn roots_are_replaced_while_traffic_runs() -> Result<()> {
-    let short = |plane: &ControlPlane| plane.certificates_live(Duration::from_secs(24));
+    let short = |plane: &ControlPlane| plane.certificates_live(Duration::from_secs(20));
     let mut play = Play::both(pods(), &[("POOL_UNUSED_RELEASE_TIMEOUT", "100ms")], short)?;
     let (client, server) = (play.pod("client")?.clone(), play.pod("server")?.clone());
     let _app = Server::start(&server.netns, 9000, apps::echo)?;
@@ -148,7 +151,7 @@ fn roots_are_replaced_while_traffic_runs() -> Result<()> {
     play.plane.serve(&root)?;
     let mut steady = |what: &str| -> Result<()> {
         let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(14) {
+        while began.elapsed() < Duration::from_secs(16) {
             let later = || format!("{what}, after {:?}", began.elapsed());
             assert_echo(&client.netns, server.at(9000)).with_context(later)?;
             // An application that hears nothing for long may hang up.

@@ -24,7 +24,7 @@ use ztunnel_tests::{
 };
 
 /// For whatever should happen at once, on a machine that does much else.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Nodes with a control plane.
 #[derive(Debug)]
@@ -94,13 +94,12 @@ impl Play {
         lines.into_iter().skip(last).collect::<Vec<_>>().join("\n")
     }
 
-    /// What the readiness port answers.
+    /// What the readiness port answers, once it does: the stream is opened beside it.
     pub(crate) fn readiness(&self) -> Result<http::Answer> {
-        http::get(
-            self.a.netns(),
-            SocketAddr::from(([127, 0, 0, 1], 15021)),
-            "/healthz/ready",
-        )
+        let at = SocketAddr::from(([127, 0, 0, 1], 15021));
+        wait::until("the readiness port", PATIENCE, || {
+            http::get(self.a.netns(), at, "/healthz/ready").ok()
+        })
     }
 
     /// Waits until a counter of node a is what it should be.
@@ -171,7 +170,7 @@ pub(crate) fn wait_echo(netns: &Netns, to: SocketAddr, answers: bool) -> Result<
     let started = Instant::now();
     let mut last = None;
     wait::until(&format!("{to} to answer: {answers}"), PATIENCE, || {
-        last = apps::knock(netns, to, REQUEST, Duration::from_secs(2)).ok();
+        last = apps::knock(netns, to, REQUEST, ATTEMPT).ok();
         last.as_ref()
             .is_some_and(|(heard, _)| heard.answered() == answers)
             .then_some(())
@@ -187,7 +186,7 @@ pub(crate) fn wait_refused(play: &Play, netns: &Netns, to: SocketAddr, reason: &
         &format!("{to} to be refused for {reason}"),
         PATIENCE,
         || {
-            apps::knock(netns, to, REQUEST, Duration::from_secs(2)).ok()?;
+            apps::knock(netns, to, REQUEST, ATTEMPT).ok()?;
             let lines = play.a.access_lines();
             let refused = |line: &Line| line.get("reason") == Some(reason);
             lines.iter().skip(mark).any(refused).then_some(())
@@ -273,3 +272,5 @@ pub(crate) fn allow(name: &str, accounts: &[&str]) -> Authorization {
 }
 
 pub(crate) const REQUEST: &[u8] = b"is anybody there?";
+/// For one attempt of several: none is taken for unanswered because the machine is slow.
+const ATTEMPT: Duration = Duration::from_secs(10);

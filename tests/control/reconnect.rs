@@ -41,7 +41,7 @@ fn the_next_stream_goes_on_where_the_last_one_ended() -> Result<()> {
         .plane
         .wait_request("stream 2", 0, first_of(2, ADDRESS))?;
     ensure!(
-        began.elapsed() < Duration::from_secs(2),
+        began.elapsed() < Duration::from_secs(10),
         "{:?}",
         began.elapsed()
     );
@@ -139,7 +139,7 @@ fn a_leaving_control_plane_is_replaced_before_it_is_gone() -> Result<()> {
     let (client, server) = (play.pod("client")?, play.pod("server")?);
     let _app = Server::start(&server.netns, 9000, apps::echo)?;
     let mark = play.a.log().mark();
-    play.plane.leave(Duration::from_secs(10));
+    play.plane.leave(Duration::from_secs(60));
     play.plane.wait_streams(2)?;
     play.wait_log(mark, &["announced its leave"])?;
     play.plane.remove(ADDRESS, &workload_of(server).uid);
@@ -261,14 +261,14 @@ fn a_control_plane_that_closes_after_each_response_is_not_stormed() -> Result<()
         .manners(|manners| manners.close_after_response = true);
     play.plane.end_streams(0, "");
     play.plane.wait_streams(4)?;
-    let began = play.plane.heads().len();
+    let (first, began) = (play.plane.heads().len(), Instant::now());
     std::thread::sleep(Duration::from_secs(2));
-    let opened = play.plane.heads().len() - began;
-    ensure!(opened <= 10, "{opened} streams in two seconds");
+    let (opened, took) = (play.plane.heads().len() - first, began.elapsed());
+    // The pauses double.
+    ensure!(opened <= 10, "{opened} streams in {took:?}");
     play.plane
         .manners(|manners| manners.close_after_response = false);
-    let fresh = play.plane.heads().len();
-    play.plane.wait_streams(fresh + 1)?;
+    // The stream of this moment stays, or the next one does.
     play.plane.remove(ADDRESS, &workload_of(server).uid);
     wait_echo(&client.netns, server.at(9000), false).context("what the last stream told")?;
     Ok(())

@@ -116,8 +116,9 @@ fn workloads_and_services_find_each_other_in_any_order() -> Result<()> {
         ..service("web", VIP)
     });
     wait_echo(&client.netns, at_vip(), true).context("unhealthy, but all are allowed")?;
-    play.plane.service(service("web", VIP));
+    // In this order there is an endpoint at any time.
     play.plane.workload(endpoint(server, "web"));
+    play.plane.service(service("web", VIP));
     wait_echo(&client.netns, at_vip(), true)?;
     // Removal names that mean nothing change nothing.
     play.plane.respond(&DeltaDiscoveryResponse {

@@ -894,4 +894,4 @@ const CSR_METHOD: &str = "/istio.v1.auth.IstioCertificateService/CreateCertifica
 const PORT: u16 = 15012;
 const ROOT: &str = "control-plane-root.pem";
 const TOKEN: &str = "control-plane-token";
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
