@@ -7,11 +7,11 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use ztunnel_tests::{
-    apps::{self, End},
+    apps::{self, End, Heard},
     bulk,
     certs::Authority,
     envoy::{At, Cluster, Config, Envoy, Listener, Serves, Tls, To},
-    mesh::{Before, Mesh, assert_refused},
+    mesh::{Before, Mesh, PATIENCE, REQUEST, assert_refused, is_refused, knock},
     meshfile::{MeshFile, allow_accounts},
     netns::Netns,
     topology::{Builder, Pod, Topology},
@@ -106,9 +106,12 @@ fn envoy_as_hbone_client_is_served_like_one_of_ours() -> Result<()> {
             mesh.replace(&file)?;
         }
         let marks = (envoy.log().mark(), mesh.b.log().mark());
-        assert_refused(&own.netns, v4(port))?;
+        let heard = knock(&own.netns, v4(port), REQUEST, PATIENCE)?;
+        // With a request that it has not read yet, Envoy's close is a reset; with one that it has, an end.
+        let ended = is_refused(&heard) || heard == Heard::Nothing(End::Fin);
+        ensure!(ended, "port {port}: {heard}");
         let name = format!("v4-{port}");
-        let line = envoy.wait_access(marks.0, &[("listener", &name), ("received", "0")])?;
+        let line = envoy.wait_access(marks.0, &[("listener", &name), ("sent", "0")])?;
         let (from, asked) = (own.spiffe_id(), server.at(port).to_string());
         let fields = [
             ("direction", "inbound"),

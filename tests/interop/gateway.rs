@@ -177,7 +177,7 @@ pub(crate) fn refused_by_rule(
 pub(crate) fn ask(from: &Netns, to: SocketAddr, method: &str, path: &str) -> Result<(u16, String)> {
     let url = format!("http://{to}{path}");
     let script = format!(
-        "curl --silent --noproxy '*' --max-time 20 --request {method} \
+        "curl --silent --noproxy '*' --max-time 60 --request {method} \
          --write-out '\\n%{{http_code}}' {url} || true"
     );
     let said = output(Some(from), "sh", &["-c", &script], "")?;

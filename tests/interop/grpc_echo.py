@@ -51,11 +51,11 @@ def ask(address):
     options = [("grpc.enable_http_proxy", 0)]
     with grpc.insecure_channel(address, options=options) as channel:
         large = bytes(range(256)) * 4096
-        assert channel.unary_unary("/test.Talk/Echo")(large, timeout=30) == large
-        numbers = channel.unary_stream("/test.Talk/Count")(b"1000", timeout=30)
+        assert channel.unary_unary("/test.Talk/Echo")(large, timeout=120) == large
+        numbers = channel.unary_stream("/test.Talk/Count")(b"1000", timeout=120)
         assert list(numbers) == [b"%d" % number for number in range(1000)]
         parts = (b"x" * size for size in range(200))
-        assert channel.stream_unary("/test.Talk/Add")(parts, timeout=30) == b"19900"
+        assert channel.stream_unary("/test.Talk/Add")(parts, timeout=120) == b"19900"
 
         # Each message only after the answer to the one before: both directions are open at once.
         said = []
@@ -63,15 +63,15 @@ def ask(address):
         turns.put(0)
 
         def talk():
-            while (number := turns.get(timeout=30)) is not None:
+            while (number := turns.get(timeout=120)) is not None:
                 yield b"%d" % number
 
-        for answer in channel.stream_stream("/test.Talk/Chat")(talk(), timeout=30):
+        for answer in channel.stream_stream("/test.Talk/Chat")(talk(), timeout=120):
             said.append(answer)
             turns.put(len(said) if len(said) < 50 else None)
         assert said == [b"%d" % number for number in range(50)], said
         try:
-            channel.unary_unary("/test.Talk/Fail")(b"", timeout=30)
+            channel.unary_unary("/test.Talk/Fail")(b"", timeout=120)
             raise AssertionError("a refusal was expected")
         except grpc.RpcError as error:
             assert error.code() == grpc.StatusCode.NOT_FOUND, error

@@ -154,7 +154,7 @@ fn ssh(way: &Way<'_>) -> Result<()> {
     let port = SSH.to_string();
     let said = way.run(
         "ssh-keyscan",
-        &["-T", "20", "-t", "ed25519", "-p", &port, &to],
+        &["-T", "120", "-t", "ed25519", "-p", &port, &to],
         "",
     )?;
     ensure!(said.contains(&way.servers.ssh_key), "{said}");
@@ -380,5 +380,5 @@ const CURL: [&str; 6] = [
     "--noproxy",
     "*",
     "--max-time",
-    "30",
+    "120",
 ];

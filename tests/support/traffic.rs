@@ -194,4 +194,4 @@ fn settled(mesh: &Mesh) -> u64 {
 /// Between two looks at the nodes.
 const TICK: Duration = Duration::from_millis(250);
 const AFTER_FAILURE: Duration = Duration::from_millis(50);
-const SETTLE: Duration = Duration::from_secs(15);
+const SETTLE: Duration = Duration::from_secs(60);

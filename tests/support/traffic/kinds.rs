@@ -244,4 +244,4 @@ fn ended(mut stream: TcpStream) -> Result<()> {
     Ok(())
 }
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
