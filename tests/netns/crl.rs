@@ -136,7 +136,7 @@ fn a_revoked_server_is_refused_by_its_clients_node_and_cut_off_at_once() -> Resu
 
     stage.revoke(&[&stage.certificate("server")?])?;
     let (_, took) = wait_end(&open)?;
-    ensure!(took < Duration::from_secs(5), "it took {took:?}");
+    ensure!(took < Duration::from_secs(20), "it took {took:?}");
     stage.assert_judged(mark, "outbound")?;
     let mark = stage.mesh.a.log().mark();
     assert_refused(&client.netns, server.at(9000))?;

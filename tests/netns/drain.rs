@@ -18,7 +18,9 @@ use ztunnel_tests::{
     ztunnel::{Node, Settings},
 };
 
-use crate::mesh::{Mesh, PATIENCE, REQUEST, WATCH, assert_alive, assert_echo, knock, wait_end};
+use crate::mesh::{
+    Mesh, PATIENCE, REQUEST, WATCH, assert_alive, assert_echo, is_refused, knock, wait_end,
+};
 
 fn pods() -> Builder {
     Topology::builder().pod("client", "a").pod("server", "b")
@@ -61,22 +63,21 @@ fn sigterm_closes_the_listeners_at_once_and_lets_connections_finish() -> Result<
         };
         leaving.signal(Signal::SIGTERM)?;
         let took = wait_closed(leaving)?;
-        ensure!(took < Duration::from_secs(2), "it took {took:?} to close");
-        // A request that was on its way on an open tunnel is still served.
-        let new = wait::until("new connections to end", PATIENCE, || {
-            match knock(&client.netns, server.at(9000), REQUEST, WATCH) {
-                Ok(heard) if heard.answered() => None,
-                ended => Some(ended),
-            }
-        })??;
-        if node == "a" {
-            ensure!(
-                new == Heard::NotConnected(ErrorKind::TimedOut),
-                "outbound waits: {new:?}"
-            );
-        } else {
-            ensure!(!new.answered(), "inbound is refused: {new:?}");
-        }
+        ensure!(took < SOON, "it took {took:?} to close");
+        // The workers close their listeners a moment later; what they had taken by then is still served. From then on
+        // outbound waits, and inbound is refused.
+        let mut last = None;
+        wait::until("new connections to end", PATIENCE, || {
+            let new = knock(&client.netns, server.at(9000), REQUEST, WATCH).ok()?;
+            let ended = if node == "a" {
+                new == Heard::NotConnected(ErrorKind::TimedOut)
+            } else {
+                is_refused(&new)
+            };
+            last = Some(new);
+            ended.then_some(())
+        })
+        .with_context(|| format!("the last attempt: {last:?}"))?;
         assert_alive(&mut hbone).context("HBONE while draining")?;
         assert_alive(&mut plaintext).context("plaintext while draining")?;
         ensure!(
@@ -140,11 +141,7 @@ fn an_idle_process_leaves_at_once_with_status_0() -> Result<()> {
         let status = node.wait_exit(PATIENCE)?;
         ensure!(status.success(), "{status}");
         let took = began.elapsed();
-        ensure!(
-            took < Duration::from_secs(3),
-            "node {} took {took:?}",
-            node.name()
-        );
+        ensure!(took < SOON, "node {} took {took:?}", node.name());
     }
     Ok(())
 }
@@ -167,7 +164,7 @@ fn the_deadline_ends_what_does_not_end_by_itself() -> Result<()> {
     );
     mesh.a.wait_exit(PATIENCE)?;
     let took = began.elapsed();
-    ensure!(took < Duration::from_secs(5), "it took {took:?}");
+    ensure!(took < SOON, "it took {took:?}");
     let line = mesh.a.wait_access(0, &[("reason", "drained")])?;
     ensure!(line.get("error").is_some(), "{line:?}");
     // The other node is none the worse.
@@ -196,7 +193,7 @@ fn two_sigints_end_it_at_once() -> Result<()> {
     mesh.a.signal(Signal::SIGINT)?;
     mesh.a.wait_exit(PATIENCE)?;
     let took = began.elapsed();
-    ensure!(took < Duration::from_secs(2), "it took {took:?}");
+    ensure!(took < SOON, "it took {took:?}");
     wait_end(&stream)?;
     Ok(())
 }
@@ -243,3 +240,6 @@ fn a_new_process_takes_over_while_the_old_one_drains() -> Result<()> {
     drop(new);
     Ok(())
 }
+
+/// Far less than the deadline of a drain, and enough for a machine that does much else.
+const SOON: Duration = Duration::from_secs(15);

@@ -22,7 +22,8 @@ fn certificates_are_renewed_and_nothing_is_cut() -> Result<()> {
     let topology = pods().build()?;
     let file = MeshFile::of(&topology);
     let settings = Settings::of(&topology)?
-        .env("SECRET_TTL", "4s")
+        // Short, but renewed while it is still good for some seconds.
+        .env("SECRET_TTL", "10s")
         .env("POOL_UNUSED_RELEASE_TIMEOUT", "100ms");
     let mesh = Mesh::run(topology, |node| file.for_node(node), |_| settings.clone())?;
     let (client, server) = (mesh.pod("client")?, mesh.pod("server")?);
@@ -34,7 +35,7 @@ fn certificates_are_renewed_and_nothing_is_cut() -> Result<()> {
     let began = Instant::now();
     let mut count = 0.0;
     // Two lifetimes; each pause lets the unused tunnel go, so that the next one shakes hands anew.
-    while began.elapsed() < Duration::from_secs(9) {
+    while began.elapsed() < Duration::from_secs(21) {
         assert_echo(&client.netns, server.at6(9000))
             .with_context(|| format!("after {:?}", began.elapsed()))?;
         count += 1.0;

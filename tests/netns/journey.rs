@@ -10,6 +10,7 @@ use ztunnel_tests::{
     netns::Netns,
     programs::{Nginx, curl},
     topology::{Builder, Topology},
+    wait,
     wire::Sniffer,
     ztunnel::{HBONE, Node, Settings},
 };
@@ -546,6 +547,10 @@ fn real_programs_talk_and_nothing_that_a_pod_sees_has_changed() -> Result<()> {
             format!("peer={}\nserver={}\n", own.ip(), at.ip())
         );
     }
+    // It writes its line once the answer is gone.
+    wait::until("nginx's lines", PATIENCE, || {
+        (nginx.requests().ok()?.len() >= 4).then_some(())
+    })?;
     assert_eq!(nginx.requests()?.len(), 4);
     assert_eq!(sniffer.seen()?.count(b"kanarienvogel")?, 0);
     assert_eq!(state()?, before, "eth0 of a pod has changed");
@@ -582,10 +587,11 @@ fn relayed_sockets_have_keepalive_and_follow_the_setting() -> Result<()> {
             .filter(|line| line.contains("timer:(keepalive,"))
             .count())
     };
-    assert!(
-        alive(&mesh.a, &client.netns)? >= 2,
-        "accepted socket and tunnel"
-    );
+    // While something is not acknowledged, the kernel shows the timer of that.
+    wait::until("accepted socket and tunnel", PATIENCE, || {
+        let alive = alive(&mesh.a, &client.netns);
+        (!matches!(alive, Ok(0 | 1))).then_some(alive)
+    })??;
     assert_eq!(alive(&mesh.b, &server.netns)?, 0, "switched off");
     Ok(())
 }

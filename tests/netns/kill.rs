@@ -189,7 +189,7 @@ fn release_undoes_everything_and_traffic_is_plain_again() -> Result<()> {
     let reply = apps::ask(&client.netns, server.at(9000), CANARY)?;
     assert_eq!(reply.bytes, CANARY);
     nothing_leaked(&sniffer.seen()?)?;
-    ensure!(reply.took < Duration::from_secs(10), "{:?}", reply.took);
+    ensure!(reply.took < Duration::from_secs(30), "{:?}", reply.took);
     Ok(())
 }
 

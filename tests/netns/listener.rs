@@ -167,7 +167,7 @@ fn stalled_handshakes_are_dropped_after_their_deadline_and_hold_nobody_up() -> R
         let asked = Instant::now();
         assert_echo(client, server.at(9000))?;
         let took = asked.elapsed();
-        ensure!(took < Duration::from_secs(2), "held up for {took:?}");
+        ensure!(took < Duration::from_secs(8), "held up for {took:?}");
     }
     for stream in &stalled {
         let (end, _) = apps::read_end(stream, Duration::from_secs(30))?;
@@ -213,7 +213,7 @@ fn s_client(netns: &Netns, to: SocketAddr, more: &[&str]) -> Result<String> {
         .arg(format!("--net={}", netns.path().display()))
         .args([
             "timeout",
-            "15",
+            "60",
             "openssl",
             "s_client",
             "-connect",

@@ -85,7 +85,7 @@ fn many_pods_are_enrolled_while_probes_and_connections_are_served() -> Result<()
     let applied = |line: &str| line.contains("state applied").then_some(());
     let mut slowest = Duration::ZERO;
     let probe = SocketAddr::from(([127, 0, 0, 1], 15021));
-    wait::until("the pods to be enrolled", Duration::from_secs(120), || {
+    wait::until("the pods to be enrolled", Duration::from_secs(300), || {
         let asked = Instant::now();
         let ready = http::get(a.netns(), probe, "/healthz/ready").ok()?;
         slowest = slowest.max(asked.elapsed());
@@ -97,7 +97,10 @@ fn many_pods_are_enrolled_while_probes_and_connections_are_served() -> Result<()
         "{count} pods: {:?}; a probe took {slowest:?} at most",
         began.elapsed()
     );
-    ensure!(slowest < Duration::from_secs(2), "a probe took {slowest:?}");
+    ensure!(
+        slowest < Duration::from_secs(15),
+        "a probe took {slowest:?}"
+    );
     let pods = u32::try_from(count).map(f64::from)?;
     before.wait_gain("ztunnel_enrol_pods", &[("state", "enrolled")], pods)?;
 
@@ -135,7 +138,7 @@ fn many_pods_are_enrolled_while_probes_and_connections_are_served() -> Result<()
     let began = Instant::now();
     a.replace_file(&file.for_node("a"))?;
     a.log()
-        .wait_since(mark, "the reload", Duration::from_secs(60), applied)?;
+        .wait_since(mark, "the reload", Duration::from_secs(300), applied)?;
     println!("released {count} pods in {:?}", began.elapsed());
     assert_echo(&client.netns, server.at(9000)).context("after the crowd has left")?;
     drop(b);

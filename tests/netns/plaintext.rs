@@ -221,4 +221,4 @@ const EXEMPTING: &str = "name: strict\nnamespace: demo\nscope: WorkloadSelector\
 /// What the kernel programs decided, by verdict.
 pub(crate) const VERDICTS: &str = "ztunnel_capture_verdicts_total";
 /// From the file's replacement to the kernel's verdict.
-const TAKES_EFFECT: std::time::Duration = std::time::Duration::from_secs(5);
+const TAKES_EFFECT: std::time::Duration = std::time::Duration::from_secs(20);

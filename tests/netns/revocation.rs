@@ -212,4 +212,4 @@ fn a_workload_that_vanishes_or_is_somebody_else_now_loses_its_open_connections()
 }
 
 /// From the file's replacement to the end of the connection.
-const PROMPT: std::time::Duration = std::time::Duration::from_secs(5);
+const PROMPT: std::time::Duration = std::time::Duration::from_secs(20);

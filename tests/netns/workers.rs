@@ -88,7 +88,7 @@ fn scrapes_and_reloads_without_end_hold_no_connection_up() -> Result<()> {
 }
 
 fn is_within(attempt: &ztunnel_tests::load::Attempt, began: Instant, ended: Instant) -> bool {
-    attempt.began >= began && attempt.ended <= ended && attempt.outcome == Outcome::Answered
+    attempt.ended >= began && attempt.ended <= ended && attempt.outcome == Outcome::Answered
 }
 
 /// The file with many more workloads, each time others.

@@ -223,7 +223,8 @@ pub fn read_nothing(stream: TcpStream) -> io::Result<()> {
     // The crate has no name for this one.
     let end = PollFlags::from_bits_retain(libc::POLLRDHUP);
     let mut end = [PollFd::new(stream.as_fd(), end)];
-    poll(&mut end, PollTimeout::from(UNREAD_MS))?;
+    let most = PollTimeout::try_from(UNREAD).map_err(io::Error::other)?;
+    poll(&mut end, most)?;
     Ok(())
 }
 
@@ -432,7 +433,7 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
 }
 
 /// How long a client or server waits for its peer before it calls the connection dead.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 fn set_patience(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -457,4 +458,4 @@ const REPLY_BYTES: u64 = 64 * 1024 * 1024;
 const HEAD_BYTES: usize = 64 * 1024;
 
 /// For how long nothing is read at most.
-const UNREAD_MS: u16 = 60_000;
+const UNREAD: Duration = Duration::from_secs(300);

@@ -86,5 +86,5 @@ fn join_chunks(mut rest: &str) -> Result<String> {
     }
 }
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 const ANSWER_BYTES: u64 = 64 * 1024 * 1024;

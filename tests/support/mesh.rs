@@ -25,11 +25,13 @@ use crate::{
 };
 
 /// For whatever should happen at once, on a machine that does much else.
-pub const PATIENCE: Duration = Duration::from_secs(20);
-/// For how long counters that do not change are taken for final.
-const REST: Duration = Duration::from_millis(100);
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// For one attempt of several: none is taken for unanswered because the machine is slow.
+const ATTEMPT: Duration = Duration::from_secs(5);
+/// For how long counters that do not change are taken for final: while a connection is open, and when none is.
+const REST: [Duration; 2] = [Duration::from_millis(500), Duration::from_millis(100)];
 /// How long they are waited for at most.
-const RESTLESS: Duration = Duration::from_secs(3);
+const RESTLESS: Duration = Duration::from_secs(5);
 /// How long something is watched that must not happen.
 pub const WATCH: Duration = Duration::from_millis(500);
 
@@ -131,7 +133,10 @@ impl<'a> Before<'a> {
                 since = Instant::now();
             }
             metrics = now;
-            (since.elapsed() >= REST).then_some(())
+            let [some, none] = REST;
+            let open = metrics.sum("ztunnel_connections_open", &[]);
+            let rest = if open < 0.5 { none } else { some };
+            (since.elapsed() >= rest).then_some(())
         }));
         Ok(Self { node, metrics })
     }
@@ -199,7 +204,7 @@ pub fn wait_fate(
     let started = Instant::now();
     let mut last = None;
     wait::until(what, PATIENCE, || {
-        last = knock(netns, to, REQUEST, WATCH).ok();
+        last = knock(netns, to, REQUEST, ATTEMPT).ok();
         last.as_ref().is_some_and(&wanted).then_some(())
     })
     .with_context(|| format!("the last attempt: {last:?}"))?;

@@ -321,7 +321,12 @@ where
         let [a, b, c, kind, flags, s1, s2, s3, s4] = head;
         let length = usize::try_from(u32::from_be_bytes([0, a, b, c]))?;
         let mut payload = vec![0; length];
-        self.stream.read_exact(&mut payload)?;
+        match self.stream.read_exact(&mut payload) {
+            Ok(()) => {}
+            // It ended within a frame.
+            Err(error) if is_end(error.kind()) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
         Ok(Some(Frame {
             kind,
             flags,
@@ -503,4 +508,4 @@ pub const END_HEADERS: u8 = 4;
 pub const INITIAL_WINDOW_SIZE: u16 = 4;
 pub const MAX_CONCURRENT_STREAMS: u16 = 3;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);

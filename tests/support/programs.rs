@@ -191,6 +191,6 @@ fn configuration(home: &Path, port: u16) -> String {
 
 const WRITE_OUT: &str =
     "\n%{http_code} %{local_ip} %{local_port} %{remote_ip} %{remote_port} %{time_total}";
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// A database that recovers, on a machine that does much else.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_secs(180);

@@ -339,4 +339,4 @@ fn tail(log: &Log) -> String {
 pub const HBONE: u16 = 15008;
 const READINESS: u16 = 15021;
 const STATS: u16 = 15020;
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
