@@ -99,6 +99,7 @@ impl World {
         Params {
             pin_dir: self.pin_dir.clone(),
             workers,
+            socks5: false,
         }
     }
 

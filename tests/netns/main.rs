@@ -31,6 +31,7 @@ mod relay;
 mod reload;
 mod revocation;
 mod routes;
+mod socks;
 mod workers;
 
 pub(crate) use ztunnel_tests::mesh;

@@ -80,10 +80,7 @@ pub fn run(config: &Config, log_rows: Box<dyn account::Source>) -> Result<(), Er
 
 async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<(), Error> {
     let mut signals = Signals::listen()?;
-    let params = capture::Params {
-        pin_dir: config.bpf_pin_dir.clone(),
-        workers: config.workers,
-    };
+    let params = capture_params(config);
     // Before anything is changed, also before a CA is created.
     capture::preflight(&params).map_err(Error::Preflight)?;
     let (state, mut updates) = Updates::open(config)?;
@@ -440,6 +437,14 @@ fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Er
         Ok(Worker::start(params)?)
     };
     (0..config.workers).map(start).collect()
+}
+
+fn capture_params(config: &Config) -> capture::Params {
+    capture::Params {
+        pin_dir: config.bpf_pin_dir.clone(),
+        workers: config.workers,
+        socks5: config.socks5,
+    }
 }
 
 fn certificates(config: &Config, revocations: Revocations) -> identity::Params {

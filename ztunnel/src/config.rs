@@ -105,6 +105,8 @@ pub struct Config {
     pub secret_ttl: Duration,
     /// TLS 1.2 is spoken with peers that have nothing newer.
     pub tls12: bool,
+    /// Applications find a SOCKS5 proxy on their pod's loopback device.
+    pub socks5: bool,
     /// The application sees its client's own address.
     pub original_source: bool,
     /// The answer to a CONNECT describes this side.
@@ -178,6 +180,7 @@ impl Config {
             workers: workers(&env, &proxy, cores)?,
             secret_ttl: secret_ttl(&env)?,
             tls12: flag("TLS12_ENABLED", false)?,
+            socks5: flag("UNSTABLE_ENABLE_SOCKS5", false)?,
             original_source: flag("ENABLE_ORIG_SRC", true)?,
             response_baggage: flag("ENABLE_RESPONSE_BAGGAGE", true)?,
             localhost_app_tunnel: flag("LOCALHOST_APP_TUNNEL", true)?,
@@ -470,7 +473,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 44] = [
+const READ: [&str; 45] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
@@ -511,6 +514,7 @@ const READ: [&str; 44] = [
     "SECRET_TTL",
     "TERMINATION_GRACE_PERIOD_SECONDS",
     "TLS12_ENABLED",
+    "UNSTABLE_ENABLE_SOCKS5",
     "XDS_ADDRESS",
     "XDS_ON_DEMAND",
     "XDS_ROOT_CA",
@@ -526,7 +530,7 @@ const READ_BY_PREFIX: [&str; 4] = [
 ];
 
 /// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 19] = [
+const KNOWN_TO_PEER: [&str; 18] = [
     "CLUSTER_DOMAIN",
     "COMPLIANCE_POLICY",
     "ENABLE_PROXY",
@@ -539,7 +543,6 @@ const KNOWN_TO_PEER: [&str; 19] = [
     "PROXY_WORKLOAD_INFO",
     "SERVICE_ACCOUNT",
     "TRUST_DOMAIN",
-    "UNSTABLE_ENABLE_SOCKS5",
     "USER_TIMEOUT_ENABLED",
     "ZTUNNEL_CPU_LIMIT",
     "ZTUNNEL_RESOURCE_CPU_LIMIT",
@@ -596,6 +599,7 @@ mod tests {
             ("HTTP2_FRAME_SIZE", "1"),
             ("HTTP2_STREAM_WINDOW_SIZE", "4294967295"),
             ("TLS12_ENABLED", "1.2"),
+            ("UNSTABLE_ENABLE_SOCKS5", "socks4"),
             ("LOG_FORMAT", "xml"),
             ("PROXY_MODE", "dedicated"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "-1"),

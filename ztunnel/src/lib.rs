@@ -20,11 +20,12 @@ pub mod identity;
 pub mod control;
 pub mod enrol;
 pub mod tunnel;
-// Floor 6: what the walks share, the two walks, and plaintext.
+// Floor 6: what the walks share, the two walks, plaintext, and another door to the walk outwards.
 pub mod context;
 pub mod inbound;
 pub mod outbound;
 pub mod passthrough;
+pub mod socks5;
 // Floor 7: the process.
 pub mod admin;
 pub mod app;

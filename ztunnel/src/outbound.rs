@@ -63,7 +63,8 @@ async fn open<'a>(
         ..
     } = *conn;
     let stream = Unserved::new(stream);
-    // Capture brings neither: such a connection was made to our listener, and would come back.
+    // Capture brings neither: such a connection was made to our listener, or asked for by SOCKS5,
+    // and would come back.
     if asked.ip().is_loopback() || asked.ip().is_unspecified() {
         return Err(Failure::SelfCall);
     }

@@ -28,7 +28,7 @@ use crate::enrol::PodId;
 use crate::identity::{Revocations, Store};
 use crate::model::{PodRef, Reason};
 use crate::tunnel::{self, Pool};
-use crate::{inbound, logging, outbound, passthrough};
+use crate::{inbound, logging, outbound, passthrough, socks5};
 use seldom::Seldom;
 
 /// What the control thread tells a worker.
@@ -359,12 +359,13 @@ struct Accepting {
     unserved: mpsc::Sender<Unserved>,
 }
 
-/// Accepts on the pod's three listeners until the pod drains.
+/// Accepts on the pod's listeners until the pod drains.
 fn serve(id: PodId, context: &Rc<Context>, listeners: WorkerListeners, by: &Accepting) {
     let WorkerListeners {
         outbound,
         hbone,
         plaintext,
+        socks5,
     } = listeners;
     let on = |listener| (id, listener, by.clone());
     spawn_local(accept(
@@ -387,6 +388,11 @@ fn serve(id: PodId, context: &Rc<Context>, listeners: WorkerListeners, by: &Acce
             spawn_local(async move { passthrough::serve(conn, &cx).await });
         },
     ));
+    if let Some(socks5) = socks5 {
+        spawn_local(accept(on(socks5), Rc::clone(context), async |conn, cx| {
+            spawn_local(async move { socks5::serve(conn, &cx).await });
+        }));
+    }
 }
 
 async fn accept(

@@ -36,6 +36,8 @@ pub struct Params {
     pub pin_dir: PathBuf,
     /// How many workers will accept; each gets its own listeners in every pod.
     pub workers: usize,
+    /// Whether pods find a SOCKS5 proxy on their loopback device.
+    pub socks5: bool,
 }
 
 /// The kernel side of this node process. Dropping it changes nothing: pods stay captured.
@@ -81,6 +83,7 @@ impl Capture {
         let node = Arc::new(Node {
             generation,
             workers,
+            socks5: params.socks5,
             ours,
             state: Lock::new(state),
             _claim: claim,
@@ -126,6 +129,7 @@ impl Capture {
 pub(super) struct Node {
     pub(super) generation: Generation,
     pub(super) workers: u32,
+    pub(super) socks5: bool,
     pub(super) ours: Arc<OwnedFd>,
     state: Lock,
     _claim: Claim,

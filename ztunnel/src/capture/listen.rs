@@ -20,11 +20,17 @@ pub struct WorkerListeners {
     pub hbone: TcpListener,
     /// Plaintext from outside, under [`super::PlaintextVerdict::Proxy`].
     pub plaintext: TcpListener,
+    /// SOCKS5 on the pod's loopback device, if that is wanted and the application has left its port.
+    pub socks5: Option<TcpListener>,
 }
 
 /// Opens the listeners of every worker. True beside them: some port was taken by the application, so
 /// another serves in its place.
-pub(super) fn open(netns: &Netns, workers: u32) -> Result<(Vec<WorkerListeners>, bool), Error> {
+pub(super) fn open(
+    netns: &Netns,
+    workers: u32,
+    socks5: bool,
+) -> Result<(Vec<WorkerListeners>, bool), Error> {
     let mut displaced = false;
     let sets = netns
         .run(|| {
@@ -34,6 +40,7 @@ pub(super) fn open(netns: &Netns, workers: u32) -> Result<(Vec<WorkerListeners>,
                         outbound: listen(OUTBOUND, &mut displaced)?,
                         hbone: listen(HBONE, &mut displaced)?,
                         plaintext: listen(PLAINTEXT, &mut displaced)?,
+                        socks5: if socks5 { loopback()? } else { None },
                     })
                 })
                 .collect::<Result<Vec<_>, Error>>()
@@ -61,6 +68,36 @@ fn listen(kind: Kind, displaced: &mut bool) -> Result<TcpListener, Error> {
     listener
         .map(TcpListener::from)
         .map_err(|source| Error::Listen { purpose, source })
+}
+
+/// Applications find it by its port alone: another one would be found by nobody.
+fn loopback() -> Result<Option<TcpListener>, Error> {
+    let bound = || -> io::Result<TcpListener> {
+        let socket = Socket::new(
+            Domain::IPV4,
+            Type::STREAM.nonblocking(),
+            Some(Protocol::TCP),
+        )?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, SOCKS5_PORT)).into())?;
+        socket.listen(BACKLOG)?;
+        Ok(socket.into())
+    };
+    match bound() {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            tracing::warn!(
+                port = SOCKS5_PORT,
+                "the pod's application has the port of SOCKS5: none is served there"
+            );
+            Ok(None)
+        }
+        Err(source) => Err(Error::Listen {
+            purpose: "SOCKS5",
+            source,
+        }),
+    }
 }
 
 fn bound(kind: &Kind, port: u16) -> io::Result<Socket> {
@@ -112,6 +149,9 @@ const PLAINTEXT: Kind = Kind {
     port: 15006,
     captured: false,
 };
+
+// PROTOCOL.md#ports
+const SOCKS5_PORT: u16 = 15080;
 
 /// Bursts wait here while a worker is busy; the kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;

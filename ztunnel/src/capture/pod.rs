@@ -40,7 +40,7 @@ impl PodCapture {
         let watch = Watch::open(netns)?;
         let turned_on = route::install(netns)?.turned_on;
         watch.forget();
-        let (listeners, ports_displaced) = listen::open(netns, node.workers)?;
+        let (listeners, ports_displaced) = listen::open(netns, node.workers, node.socks5)?;
         let base = InboundRules {
             workers: node.workers,
             sysctls_turned_on: turned_on,

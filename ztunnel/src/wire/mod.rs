@@ -7,6 +7,7 @@ mod connect;
 mod forwarded;
 mod malformed;
 mod proxy_v2;
+mod socks5;
 mod traceparent;
 
 pub use authority::Authority;
@@ -15,4 +16,7 @@ pub use connect::{Connect, ConnectRequest, accepted, refused};
 pub use forwarded::Forwarded;
 pub use malformed::Malformed;
 pub use proxy_v2::ProxyHeader;
+pub use socks5::{
+    SOCKS_WELCOME, Socks, SocksFault, SocksReply, SocksTarget, socks_greeting, socks_request,
+};
 pub use traceparent::Traceparent;
