@@ -456,6 +456,7 @@ fn certificates(config: &Config, revocations: Revocations) -> identity::Params {
             } else {
                 Versions::Only13
             },
+            exchange: config.key_exchange,
             revocations,
         },
         ..identity::Params::default()

@@ -14,6 +14,7 @@ use thiserror::Error;
 mod control_plane;
 
 use crate::control::XdsParams;
+use crate::model::KeyExchange;
 use crate::rpc;
 use control_plane::ProxyConfig;
 
@@ -105,6 +106,8 @@ pub struct Config {
     pub secret_ttl: Duration,
     /// TLS 1.2 is spoken with peers that have nothing newer.
     pub tls12: bool,
+    /// How keys are exchanged, with peers and with the control plane.
+    pub key_exchange: KeyExchange,
     /// Applications find a SOCKS5 proxy on their pod's loopback device.
     pub socks5: bool,
     /// The application sees its client's own address.
@@ -180,6 +183,7 @@ impl Config {
             workers: workers(&env, &proxy, cores)?,
             secret_ttl: secret_ttl(&env)?,
             tls12: flag("TLS12_ENABLED", false)?,
+            key_exchange: key_exchange(&env)?,
             socks5: flag("UNSTABLE_ENABLE_SOCKS5", false)?,
             original_source: flag("ENABLE_ORIG_SRC", true)?,
             response_baggage: flag("ENABLE_RESPONSE_BAGGAGE", true)?,
@@ -442,6 +446,16 @@ fn log_format(env: &Env) -> Result<LogFormat, Error> {
     }
 }
 
+// PROTOCOL.md#tls
+fn key_exchange(env: &Env) -> Result<KeyExchange, Error> {
+    let name = "COMPLIANCE_POLICY";
+    match env.text(name) {
+        "" => Ok(KeyExchange::Any),
+        "pqc" => Ok(KeyExchange::PostQuantum),
+        other => Err(refused(name, other, "must be pqc or empty".into())),
+    }
+}
+
 fn available_cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
@@ -473,7 +487,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 45] = [
+const READ: [&str; 46] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
@@ -483,6 +497,7 @@ const READ: [&str; 45] = [
     "CA_DIR",
     "CA_ROOT_CA",
     "CLUSTER_ID",
+    "COMPLIANCE_POLICY",
     "CONNECTION_TERMINATION_DEADLINE",
     "CRL_PATH",
     "ENABLE_ORIG_SRC",
@@ -530,9 +545,8 @@ const READ_BY_PREFIX: [&str; 4] = [
 ];
 
 /// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 18] = [
+const KNOWN_TO_PEER: [&str; 17] = [
     "CLUSTER_DOMAIN",
-    "COMPLIANCE_POLICY",
     "ENABLE_PROXY",
     "INPOD_ENABLED",
     "INPOD_PORT_REUSE",
@@ -599,6 +613,7 @@ mod tests {
             ("HTTP2_FRAME_SIZE", "1"),
             ("HTTP2_STREAM_WINDOW_SIZE", "4294967295"),
             ("TLS12_ENABLED", "1.2"),
+            ("COMPLIANCE_POLICY", "fips"),
             ("UNSTABLE_ENABLE_SOCKS5", "socks4"),
             ("LOG_FORMAT", "xml"),
             ("PROXY_MODE", "dedicated"),
@@ -657,6 +672,18 @@ mod tests {
 
     fn alone(vars: &[(&str, &str)]) -> Result<Config, Error> {
         Config::from_vars(vars.iter().map(|(n, v)| ((*n).into(), (*v).into())), 4)
+    }
+
+    // 5.
+    #[test]
+    fn the_post_quantum_policy_binds_the_control_planes_connections_too() {
+        let xds = ("XDS_ADDRESS", "istiod:15012");
+        for (policy, exchange) in [("", KeyExchange::Any), ("pqc", KeyExchange::PostQuantum)] {
+            let config = alone(&[xds, ("COMPLIANCE_POLICY", policy)]).unwrap();
+            let (xds, ca) = (config.xds.unwrap().rpc, config.ca.unwrap());
+            let all = [config.key_exchange, xds.key_exchange, ca.key_exchange];
+            assert_eq!(all, [exchange; 3], "{policy}");
+        }
     }
 
     // B005, B006, B034, B108.

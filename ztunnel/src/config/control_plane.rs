@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use http::{HeaderName, HeaderValue};
 use serde::Deserialize;
 
-use super::{Env, Error, refused};
+use super::{Env, Error, key_exchange, refused};
 use crate::control::{NodeParams, XdsParams};
 use crate::rpc;
 
@@ -83,6 +83,7 @@ pub(super) fn xds(env: &Env, proxy: &ProxyConfig) -> Result<Option<XdsParams>, E
             headers: headers(env, "XDS_HEADER_")?,
             token: token(env),
             cluster_id: cluster_id(env),
+            key_exchange: key_exchange(env)?,
         },
         node: node(env, proxy)?,
         on_demand,
@@ -113,6 +114,7 @@ pub(super) fn ca(env: &Env, has_xds: bool) -> Result<Option<rpc::Params>, Error>
         headers: headers(env, "CA_HEADER_")?,
         token: token(env),
         cluster_id: cluster_id(env),
+        key_exchange: key_exchange(env)?,
     }))
 }
 

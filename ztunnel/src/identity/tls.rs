@@ -20,7 +20,7 @@ use super::error::Error;
 use super::followed::Role;
 use super::revocation::{Revocation, Revocations};
 use super::verify::{ClientVerifier, Roots, ServerVerifier};
-use crate::model::SpiffeId;
+use crate::model::{KeyExchange, SpiffeId};
 
 /// Which versions of TLS both ends speak.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub enum Versions {
 pub struct Rules {
     /// Which versions.
     pub versions: Versions,
+    /// How keys are exchanged.
+    pub exchange: KeyExchange,
     /// Which certificates are not taken any more.
     pub revocations: Revocations,
 }
@@ -80,6 +82,7 @@ impl Credentials {
     pub fn new(id: SpiffeId, issued: Issued, rules: impl Into<Rules>) -> Result<Self, Error> {
         let Rules {
             versions,
+            exchange,
             revocations,
         } = rules.into();
         let tls = |source| Error::Credentials {
@@ -88,7 +91,7 @@ impl Credentials {
         };
         let (not_before, not_after) = validity(&id, &issued.chain)?;
         let roots = Roots::new(&issued.roots, revocations).map_err(tls)?;
-        let provider = Arc::new(provider(versions));
+        let provider = Arc::new(provider(versions, exchange));
         let server = server_config(&id, &issued, &roots, &provider, versions)?;
         let client = client_config(&issued, &roots, &provider, versions).map_err(tls)?;
         Ok(Self {
@@ -289,7 +292,7 @@ fn client_config(
 /// Suites as the established proxy has them; the hybrid group stands first, so that recorded
 /// traffic stays closed to a later quantum computer.
 // PROTOCOL.md#tls
-fn provider(versions: Versions) -> CryptoProvider {
+fn provider(versions: Versions, exchange: KeyExchange) -> CryptoProvider {
     let mut cipher_suites = vec![
         cipher_suite::TLS13_AES_256_GCM_SHA384,
         cipher_suite::TLS13_AES_128_GCM_SHA256,
@@ -302,14 +305,13 @@ fn provider(versions: Versions) -> CryptoProvider {
             cipher_suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
         ]);
     }
+    let mut kx_groups = vec![kx_group::X25519MLKEM768];
+    if exchange == KeyExchange::Any {
+        kx_groups.extend([kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1]);
+    }
     CryptoProvider {
         cipher_suites,
-        kx_groups: vec![
-            kx_group::X25519MLKEM768,
-            kx_group::X25519,
-            kx_group::SECP256R1,
-            kx_group::SECP384R1,
-        ],
+        kx_groups,
         ..default_provider()
     }
 }

@@ -6,6 +6,7 @@ mod addr;
 mod chain;
 mod flow;
 mod identity;
+mod key_exchange;
 mod policy;
 mod reason;
 mod service;
@@ -20,6 +21,7 @@ pub use addr::{
 pub use chain::Chain;
 pub use flow::{Direction, Flow, Meter, SecurityPolicy};
 pub use identity::{InvalidSpiffeId, SpiffeId, TrustDomain};
+pub use key_exchange::KeyExchange;
 pub use policy::{
     Action, Clause, Match, Policy, PolicyKey, Rule, Scope, ServiceAccountMatch, StringMatch,
 };

@@ -49,7 +49,7 @@ impl Connection {
     async fn connect(params: &Params) -> Result<Self, Error> {
         let (roots, fingerprint) = params.roots.read().await?;
         let endpoint = params.endpoint.to_string();
-        let config = tls::config(roots, params.other_name.as_deref(), &endpoint)?;
+        let config = tls::config(roots, params, &endpoint)?;
         let host = params.endpoint.host();
         let name = ServerName::try_from(host.to_owned())
             .map_err(|_invalid| Error::Name(host.to_owned()))?;

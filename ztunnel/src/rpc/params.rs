@@ -12,6 +12,7 @@ use rustls_pki_types::pem::PemObject as _;
 use thiserror::Error as ThisError;
 
 use super::error::Error;
+use crate::model::KeyExchange;
 
 /// A host and port that are spoken to in TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -205,6 +206,8 @@ pub struct Params {
     pub cluster_id: String,
     /// Sent with each call.
     pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// Which groups are offered for the keys of TLS.
+    pub key_exchange: KeyExchange,
 }
 
 const HTTPS: &str = "443";

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::aws_lc_rs::default_provider;
+use rustls::crypto::aws_lc_rs::{default_provider, kx_group};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore,
     SignatureScheme,
@@ -13,23 +13,29 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::error::Error;
+use super::params::Params;
+use crate::model::KeyExchange;
 
-/// A configuration that trusts these roots; the certificate may carry `other` instead of the name dialled.
+/// A configuration that trusts these roots; the certificate may carry another name instead of the one dialled.
 // PROTOCOL.md#control-plane-tls
 pub(super) fn config(
     roots: RootCertStore,
-    other: Option<&str>,
+    params: &Params,
     endpoint: &str,
 ) -> Result<ClientConfig, Error> {
     let failed = |source: TlsError| Error::Tls {
         endpoint: endpoint.to_owned(),
         source: std::io::Error::other(source),
     };
-    let provider = Arc::new(default_provider());
+    let mut provider = default_provider();
+    if params.key_exchange == KeyExchange::PostQuantum {
+        provider.kx_groups = vec![kx_group::X25519MLKEM768];
+    }
+    let provider = Arc::new(provider);
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(failed)?;
-    let mut config = match other {
+    let mut config = match params.other_name.as_deref() {
         None => builder.with_root_certificates(roots).with_no_client_auth(),
         Some(other) => {
             let other = ServerName::try_from(other.to_owned())
@@ -95,5 +101,34 @@ impl ServerCertVerifier for EitherName {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.chain.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::NamedGroup;
+
+    use super::*;
+    use crate::rpc::Roots;
+
+    #[test]
+    fn the_control_plane_is_offered_the_groups_that_the_policy_allows() {
+        for (key_exchange, hybrid_alone) in
+            [(KeyExchange::Any, false), (KeyExchange::PostQuantum, true)]
+        {
+            let params = Params {
+                endpoint: "istiod:15012".parse().unwrap(),
+                roots: Roots::System,
+                other_name: None,
+                token: None,
+                cluster_id: String::new(),
+                headers: Vec::new(),
+                key_exchange,
+            };
+            let config = config(RootCertStore::empty(), &params, "istiod:15012").unwrap();
+            let groups = config.crypto_provider().kx_groups.iter();
+            let groups: Vec<NamedGroup> = groups.map(|group| group.name()).collect();
+            assert_eq!(groups == [NamedGroup::X25519MLKEM768], hybrid_alone);
+        }
     }
 }

@@ -167,15 +167,16 @@ async fn a_client_without_a_certificate_is_refused() {
     let authority = Authority::new();
     let bank = authority.credentials(&[BANK]);
     let roots = Roots::new(&[authority.root()], Revocations::default()).unwrap();
-    let mut config = ClientConfig::builder_with_provider(Arc::new(provider(Versions::Only13)))
-        .with_protocol_versions(Versions::Only13.protocols())
-        .unwrap()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(ServerVerifier {
-            roots,
-            expected: ids(&[BANK]),
-        }))
-        .with_no_client_auth();
+    let mut config =
+        ClientConfig::builder_with_provider(Arc::new(provider(Versions::Only13, KeyExchange::Any)))
+            .with_protocol_versions(Versions::Only13.protocols())
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(ServerVerifier {
+                roots,
+                expected: ids(&[BANK]),
+            }))
+            .with_no_client_auth();
     config.alpn_protocols = vec![ALPN.to_vec()];
     refused(&shake(Arc::new(config), bank.server_config()).await);
 }
@@ -409,6 +410,64 @@ fn extensions(record: &[u8]) -> Vec<u16> {
     found
 }
 
+/// Behaviour 5.
+#[tokio::test]
+async fn under_the_post_quantum_policy_no_other_group_is_offered_or_taken() {
+    let authority = Authority::new();
+    let strict = |uri: &str| {
+        let issued = authority.leaf(Leaf {
+            uris: &[uri],
+            ..Leaf::default()
+        });
+        let rules = Rules {
+            exchange: KeyExchange::PostQuantum,
+            ..Rules::default()
+        };
+        Credentials::new(uri.parse().unwrap(), issued, rules).unwrap()
+    };
+    let (cart, bank) = (strict(CART), strict(BANK));
+    let config = cart.client_config(&ids(&[BANK]));
+    let mut acceptor = rustls::server::Acceptor::default();
+    let hello = hello(Arc::clone(&config));
+    acceptor.read_tls(&mut hello.as_slice()).unwrap();
+    let Ok(Some(accepted)) = acceptor.accept() else {
+        panic!("incomplete");
+    };
+    let groups = accepted.client_hello().named_groups().unwrap().to_vec();
+    assert_eq!(groups, [NamedGroup::X25519MLKEM768]);
+
+    let shaken = shake(config, bank.server_config()).await;
+    assert_eq!(shaken.client.unwrap().1, Some(NamedGroup::X25519MLKEM768));
+    // Both ways with a peer that knows the older one only.
+    let old = |uri: &str| authority.credentials(&[uri]);
+    let mut older = provider(Versions::Only13, KeyExchange::Any);
+    older.kx_groups = vec![kx_group::X25519];
+    let older = Arc::new(older);
+    let issued = authority.leaf(Leaf {
+        uris: &[OTHER],
+        ..Leaf::default()
+    });
+    let roots = Roots::new(&issued.roots, Revocations::default()).unwrap();
+    let id: SpiffeId = OTHER.parse().unwrap();
+    let server = server_config(&id, &issued, &roots, &older, Versions::Only13).unwrap();
+    refused(&shake(cart.client_config(&[id]), Arc::new(server)).await);
+    let mut client = client_config(&issued, &roots, &older, Versions::Only13).unwrap();
+    client
+        .dangerous()
+        .set_certificate_verifier(Arc::new(ServerVerifier {
+            roots,
+            expected: ids(&[BANK]),
+        }));
+    let client = Arc::new(client);
+    refused(&shake(Arc::clone(&client), bank.server_config()).await);
+    assert!(
+        shake(client, old(BANK).server_config())
+            .await
+            .client
+            .is_ok()
+    );
+}
+
 #[tokio::test]
 async fn a_peer_that_knows_only_an_older_group_is_served() {
     let authority = Authority::new();
@@ -416,7 +475,7 @@ async fn a_peer_that_knows_only_an_older_group_is_served() {
     for group in [kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1] {
         let provider = CryptoProvider {
             kx_groups: vec![group],
-            ..provider(Versions::Only13)
+            ..provider(Versions::Only13, KeyExchange::Any)
         };
         let issued = authority.leaf(Leaf {
             uris: &[CART],
