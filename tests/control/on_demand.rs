@@ -26,7 +26,7 @@ fn asks_for(name: String) -> impl Fn(&Seen) -> bool {
     move |seen| seen.request.resource_names_subscribe.contains(&name)
 }
 
-// B008, B009.
+// 65, B008, B009.
 #[test]
 fn what_a_pod_dials_is_asked_for_once_and_reached_as_the_mesh_says() -> Result<()> {
     let play = Play::both(pods(), &ON_DEMAND, |_| {})?;
@@ -56,6 +56,18 @@ fn what_a_pod_dials_is_asked_for_once_and_reached_as_the_mesh_says() -> Result<(
         .filter(|seen| asks_for(name.clone())(seen))
         .count();
     ensure!(asked == 1, "{asked} look-ups");
+    // Nobody of the mesh: it goes on as it was dialled.
+    let host = play.topology.node("b")?;
+    let _outside = Server::start(&host.netns, 9001, apps::echo)?;
+    let mark = play.a.log().mark();
+    let to = std::net::SocketAddr::from((host.v4, 9001));
+    assert_echo(&client.netns, to)?;
+    let name = format!("/{}", host.v4);
+    play.plane
+        .wait_request("the other look-up", 0, asks_for(name))?;
+    let to = to.to_string();
+    let line = play.access(mark, &[("direction", "outbound"), ("dst.addr", &to)])?;
+    ensure!(line.get("dst.workload").is_none(), "{line:?}");
     // A service brings its pods.
     assert_echo(&client.netns, ([10, 96, 0, 1], 80).into())
 }

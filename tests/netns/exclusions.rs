@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use ztunnel_tests::{
     apps::{self, Server},
     topology::Topology,
@@ -10,7 +10,7 @@ use ztunnel_tests::{
 };
 
 use crate::{
-    mesh::{Before, Mesh, PATIENCE, REQUEST, assert_echo, is_refused, knock},
+    mesh::{Before, Mesh, PATIENCE, REQUEST, assert_alive, assert_echo, is_refused, knock},
     plaintext::{VERDICTS, strict},
 };
 
@@ -78,5 +78,55 @@ fn excluded_ports_and_networks_go_past_the_mesh_and_are_counted() -> Result<()> 
     let sniffer = mesh.sniffer()?;
     assert_echo(&client.netns, server.at(9000))?;
     assert_eq!(sniffer.seen()?.count(REQUEST)?, 0);
+    Ok(())
+}
+
+#[test]
+fn exclusions_change_while_the_pod_is_in_the_mesh() -> Result<()> {
+    let pods = Topology::builder()
+        .pod("client", "a")
+        .pod("outside", "a")
+        .pod("server", "b");
+    let mesh = Mesh::start(pods, strict)?;
+    let (client, outside, server) = (
+        mesh.pod("client")?,
+        mesh.pod("outside")?,
+        mesh.pod("server")?,
+    );
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let mut open = apps::dial(&client.netns, server.at(9000))?;
+    assert_alive(&mut open)?;
+    for (name, outbound, inbound) in [
+        ("nothing", "", ""),
+        (
+            "ports",
+            "excludeOutboundPorts: [9000]",
+            "excludeInboundPorts: [9000]",
+        ),
+        (
+            "networks",
+            "excludeOutboundCidrs: [\"10.88.2.0/24\", \"fd88:0:0:2::/64\"]",
+            "excludeInboundPorts: [9000]",
+        ),
+        ("nothing any more", "", ""),
+    ] {
+        let file = strict(&mesh.topology)
+            .pod_setting("client", outbound)
+            .pod_setting("server", inbound);
+        mesh.replace(&file).context(name)?;
+        let excluded = !outbound.is_empty();
+        for to in [server.at(9000), server.at6(9000)] {
+            let sniffer = mesh.sniffer()?;
+            assert_echo(&client.netns, to).context(name)?;
+            ensure!(
+                sniffer.seen()?.contains(REQUEST)? == excluded,
+                "{name}: {to} in plaintext should be {excluded}"
+            );
+            let fate = knock(&outside.netns, to, REQUEST, PATIENCE)?;
+            ensure!(fate.answered() == excluded, "{name}: {to}: {fate:?}");
+            ensure!(excluded || is_refused(&fate), "{name}: {to}: {fate:?}");
+        }
+        assert_alive(&mut open).with_context(|| format!("open before {name}"))?;
+    }
     Ok(())
 }

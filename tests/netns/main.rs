@@ -10,6 +10,7 @@
 )]
 
 mod crl;
+mod dark;
 mod drain;
 mod enrolment;
 mod exclusions;

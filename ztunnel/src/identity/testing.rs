@@ -15,6 +15,7 @@ use rustls_pki_types::{
     CertificateDer, CertificateRevocationListDer, PrivateKeyDer, PrivatePkcs8KeyDer,
 };
 use time::OffsetDateTime;
+use tokio::sync::watch;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
 
@@ -26,6 +27,8 @@ pub(crate) struct Authority {
     root: CertificateDer<'static>,
     issuer: rcgen::Issuer<'static, KeyPair>,
     pub(crate) asked: AtomicU32,
+    /// While true, nobody is answered.
+    pub(crate) busy: watch::Sender<bool>,
 }
 
 /// What a leaf says.
@@ -48,6 +51,7 @@ impl Authority {
             issuer: rcgen::Issuer::new(params, key),
             root,
             asked: AtomicU32::new(0),
+            busy: watch::Sender::new(false),
         }
     }
 
@@ -65,6 +69,7 @@ impl Authority {
             issuer: rcgen::Issuer::new(params, key),
             root,
             asked: AtomicU32::new(0),
+            busy: watch::Sender::new(false),
         }
     }
 
@@ -146,6 +151,8 @@ impl Default for Leaf<'_> {
 impl Issuer for Authority {
     async fn issue(&self, id: &SpiffeId, now: SystemTime, ttl: Duration) -> Result<Issued, Error> {
         self.asked.fetch_add(1, Ordering::Relaxed);
+        let mut busy = self.busy.subscribe();
+        drop(busy.wait_for(|busy| !busy).await.unwrap());
         Ok(self.leaf(Leaf {
             uris: &[&id.to_string()],
             not_before: now,

@@ -254,6 +254,53 @@ async fn a_pod_that_the_mesh_does_not_know_yet_waits_five_seconds() {
     .await;
 }
 
+/// Behaviour 64.
+#[tokio::test]
+async fn a_slow_authority_delays_what_needs_a_certificate_and_nothing_else() {
+    worker(async {
+        let cart = own_ip();
+        let outside = TcpListener::bind((own_ip(), 0)).await.unwrap();
+        let at = outside.local_addr().unwrap();
+        let endpoint = |name: &str, ip, protocol| {
+            let key = format!("shop/{name}.shop").parse().unwrap();
+            let mut endpoint = Workload {
+                protocol,
+                ..workload(name, ip)
+            };
+            endpoint.services.insert(key, [].into());
+            endpoint
+        };
+        let pod = Pod::new(world(
+            vec![
+                own(own_ip()),
+                endpoint("cart", cart, Protocol::Hbone),
+                endpoint("old", at.ip(), Protocol::Tcp),
+            ],
+            vec![
+                service("cart", "10.96.0.1", &[(80, 8080)]),
+                service("old", "10.96.0.2", &[(80, at.port())]),
+            ],
+            vec![],
+        ));
+        let server = HboneServer::new(&pod.authority, CART, cart).await;
+        pod.authority.busy.send_replace(true);
+        let mut hbone = dial(&pod, VIP).await;
+        let mut plain = dial(&pod, "10.96.0.2:80").await;
+        let (mut far, _) = outside.accept().await.unwrap();
+        plain.write_all(b"hello").await.unwrap();
+        let mut heard = [0; 5];
+        far.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"hello");
+
+        let waits = timeout(Duration::from_millis(50), hbone.read_u8()).await;
+        assert!(waits.is_err(), "neither answered nor refused");
+        pod.authority.busy.send_replace(false);
+        let mut tunnel = server.accept().await;
+        assert!(tunnel.accept().await.is_some());
+    })
+    .await;
+}
+
 /// Behaviours 148 and 149: a connection that is open works through a graceful drain.
 #[tokio::test]
 async fn an_open_connection_works_through_a_graceful_drain_and_ends_with_a_forced_one() {
