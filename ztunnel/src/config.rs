@@ -12,11 +12,13 @@ use std::time::Duration;
 use thiserror::Error;
 
 mod control_plane;
+mod cores;
 
 use crate::control::XdsParams;
 use crate::model::KeyExchange;
 use crate::rpc;
 use control_plane::ProxyConfig;
+use cores::Cores;
 
 /// Why the process cannot start with these settings. Each names the variable.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -378,26 +380,28 @@ fn source(env: &Env, has_xds: bool) -> Result<Option<Source>, Error> {
 // PROTOCOL.md#worker-threads
 fn workers(env: &Env, proxy: &ProxyConfig, cores: usize) -> Result<usize, Error> {
     let name = "ZTUNNEL_WORKER_THREADS";
+    let cores = Cores::new(env, cores)?;
     let Some(value) = env.get(name) else {
-        return Ok(match proxy.concurrency {
-            None => cores.div_ceil(4).max(2),
-            Some(0) => cores,
-            Some(workers) => workers.min(MAX_WORKERS),
-        });
+        let workers = match proxy.concurrency {
+            None => cores.workers(),
+            Some(0) => cores.all,
+            Some(workers) => workers,
+        };
+        return Ok(workers.min(MAX_WORKERS));
     };
     let workers = match value.strip_suffix('%') {
         Some(percent) => percent
             .parse::<usize>()
             .ok()
             .filter(|percent| *percent <= 100)
-            .map(|percent| (cores * percent).div_ceil(100)),
+            .map(|percent| cores.all.saturating_mul(percent).div_ceil(100)),
         None => value.parse().ok(),
     };
     let Some(workers) = workers else {
         let why = "must be a number, a percentage to 100%, or 0 for all cores";
         return Err(refused(name, value, why.into()));
     };
-    let workers = if workers == 0 { cores } else { workers };
+    let workers = if workers == 0 { cores.all } else { workers };
     if workers > MAX_WORKERS {
         return Err(refused(
             name,
@@ -487,7 +491,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 46] = [
+const READ: [&str; 49] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
@@ -533,6 +537,9 @@ const READ: [&str; 46] = [
     "XDS_ADDRESS",
     "XDS_ON_DEMAND",
     "XDS_ROOT_CA",
+    "ZTUNNEL_CPU_LIMIT",
+    "ZTUNNEL_RESOURCE_CPU_LIMIT",
+    "ZTUNNEL_RESOURCE_CPU_REQUEST",
     "ZTUNNEL_WORKER_THREADS",
 ];
 
@@ -545,7 +552,7 @@ const READ_BY_PREFIX: [&str; 4] = [
 ];
 
 /// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 17] = [
+const KNOWN_TO_PEER: [&str; 14] = [
     "CLUSTER_DOMAIN",
     "ENABLE_PROXY",
     "INPOD_ENABLED",
@@ -558,9 +565,6 @@ const KNOWN_TO_PEER: [&str; 17] = [
     "SERVICE_ACCOUNT",
     "TRUST_DOMAIN",
     "USER_TIMEOUT_ENABLED",
-    "ZTUNNEL_CPU_LIMIT",
-    "ZTUNNEL_RESOURCE_CPU_LIMIT",
-    "ZTUNNEL_RESOURCE_CPU_REQUEST",
     "DNS_CAPTURE",
     "DNS_PROXY_ADDR",
 ];
@@ -649,6 +653,36 @@ mod tests {
         for (value, workers) in [("0", 16), ("50%", 8), ("3", 3), ("1%", 1)] {
             let config = config(&[("ZTUNNEL_WORKER_THREADS", value)]).unwrap();
             assert_eq!(config.workers, workers, "{value}");
+        }
+    }
+
+    // B110.
+    #[test]
+    fn without_a_number_of_workers_the_processors_decide() {
+        let (all, limit, request) = (
+            "ZTUNNEL_CPU_LIMIT",
+            "ZTUNNEL_RESOURCE_CPU_LIMIT",
+            "ZTUNNEL_RESOURCE_CPU_REQUEST",
+        );
+        for (vars, workers) in [
+            (vec![], 4),
+            (vec![(request, "6")], 6),
+            (vec![(request, "500m")], 4),
+            (vec![(limit, "1")], 1),
+            (vec![(limit, "2500m"), (request, "1")], 3),
+            (vec![(limit, "1"), (request, "2")], 2),
+            (vec![(all, "32")], 8),
+            (vec![(all, "1")], 2),
+            (vec![(all, "32"), ("ZTUNNEL_WORKER_THREADS", "50%")], 16),
+            (vec![(all, "32"), ("ZTUNNEL_WORKER_THREADS", "0")], 32),
+            (vec![(all, "9999")], MAX_WORKERS),
+        ] {
+            let config = config(&vars).unwrap();
+            assert_eq!(config.workers, workers, "{vars:?}");
+        }
+        for name in [all, limit, request] {
+            let error = config(&[(name, "0")]).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
         }
     }
 
