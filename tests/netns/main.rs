@@ -31,6 +31,7 @@ mod policy;
 mod relay;
 mod reload;
 mod revocation;
+mod roots;
 mod routes;
 mod socks;
 mod workers;

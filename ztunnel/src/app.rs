@@ -1,6 +1,8 @@
 //! The wiring: what is started in which order, what the control thread does, and the end. Takes a
 //! checked `Config`, gives the process's result; never touches a connection.
 
+mod root;
+
 use std::collections::{BTreeSet, HashSet};
 use std::future::poll_fn;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -24,11 +26,12 @@ use crate::context;
 use crate::control::{self, Demander, FileSource, PodEntry, World};
 use crate::drain;
 use crate::enrol::{Change, Enrolment, Wanted};
-use crate::identity::{self, Ca, LocalCa, RemoteCa, Revocations, Rules, Store, Versions};
+use crate::identity::{self, Ca, RemoteCa, Revocations, Rules, Store, Versions};
 use crate::mesh::{self, Mesh, Reader, Updates};
 use crate::model::{Chain, SpiffeId};
 use crate::worker::{self, Order, Unserved, Worker};
 use crate::{stats, tunnel};
+use root::FollowedRoot;
 
 /// Why the process cannot start.
 #[derive(Debug, Error)]
@@ -84,10 +87,11 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
     // Before anything is changed, also before a CA is created.
     capture::preflight(&params).map_err(Error::Preflight)?;
     let (state, mut updates) = Updates::open(config)?;
-    let ca = ca(config)?;
+    let (ca, root) = ca(config)?;
     let (revocations, _lists) = follow_revocations(config.crl_path.as_deref())?;
     let certificates = certificates(config, revocations.clone());
     let store = Arc::new(Store::new(certificates, Arc::new(wall_clock)));
+    let _root = root.map(|root| root.follow(Arc::clone(&store)));
     let accounts = Accounts::new(config.workers);
     accounts.register(log_rows);
     let readiness = Readiness::default();
@@ -366,12 +370,13 @@ async fn lost(workers: &[Worker]) -> usize {
     .await
 }
 
-/// Where certificates come from.
-fn ca(config: &Config) -> Result<Ca, identity::Error> {
-    Ok(match &config.ca {
-        Some(params) => Ca::Remote(Box::new(RemoteCa::new(params.clone()))),
-        None => Ca::Local(Box::new(LocalCa::open(&config.ca_dir, wall_clock())?)),
-    })
+/// Where certificates come from, and the root to follow if it is ours.
+fn ca(config: &Config) -> Result<(Ca, Option<FollowedRoot>), identity::Error> {
+    if let Some(params) = &config.ca {
+        return Ok((Ca::Remote(Box::new(RemoteCa::new(params.clone()))), None));
+    }
+    let (ca, root) = FollowedRoot::open(&config.ca_dir, wall_clock)?;
+    Ok((ca, Some(root)))
 }
 
 /// What the kernel has to know of a pod. A pod that the mesh does not know takes no plaintext.

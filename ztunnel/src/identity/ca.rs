@@ -65,8 +65,44 @@ impl LocalCa {
         let directory = Directory::new(dir);
         let path = directory.certificate();
         let pair = directory.load_or_create(|| new_root(&path, now))?;
-        let key = read_key(&directory, &pair)?;
-        let roots = read_certificates(&path, &pair)?;
+        Self::of(&directory, &pair, now)
+    }
+
+    /// Opens the authority that is in `dir` by now, and never makes one. Blocks on the file system.
+    ///
+    /// # Errors
+    /// As [`LocalCa::open`], and when nothing is there.
+    pub fn reopen(dir: &Path, now: SystemTime) -> Result<Self, Error> {
+        let directory = Directory::new(dir);
+        let gone = || Error::CaMissing(directory.certificate());
+        let pair = directory.load()?.ok_or_else(gone)?;
+        Self::of(&directory, &pair, now)
+    }
+
+    /// The certificate and the key that `open` reads.
+    #[must_use]
+    pub fn files(dir: &Path) -> [PathBuf; 2] {
+        let directory = Directory::new(dir);
+        [directory.certificate(), directory.key()]
+    }
+
+    /// How many roots vouch for peers.
+    #[must_use]
+    pub const fn roots(&self) -> usize {
+        self.roots.len()
+    }
+
+    /// Whether both sign with the same key and trust the same roots, in the same order.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        // The first certificate holds the key.
+        self.roots == other.roots
+    }
+
+    fn of(directory: &Directory, pair: &Pair, now: SystemTime) -> Result<Self, Error> {
+        let path = directory.certificate();
+        let key = read_key(directory, pair)?;
+        let roots = read_certificates(&path, pair)?;
         let garbage = || Error::CaGarbage {
             path: path.clone(),
             expected: "certificate",
@@ -75,7 +111,7 @@ impl LocalCa {
         let Ok((_, certificate)) = X509Certificate::from_der(first) else {
             return Err(garbage());
         };
-        let not_after = check(&directory, &certificate, &key, now)?;
+        let not_after = check(directory, &certificate, &key, now)?;
         let Ok(issuer) = rcgen::Issuer::from_ca_cert_der(first, key) else {
             return Err(garbage());
         };

@@ -71,7 +71,7 @@ impl Directory {
     }
 
     /// Both files, or `None` when neither is there.
-    fn load(&self) -> Result<Option<Pair>, Error> {
+    pub(super) fn load(&self) -> Result<Option<Pair>, Error> {
         let (certificate, key) = (self.certificate(), self.key());
         self.check()?;
         let key_text = read(&key, |file| private(&key, file))?;

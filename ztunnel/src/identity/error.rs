@@ -101,6 +101,9 @@ pub enum Error {
     /// Another process holds the lock of the directory.
     #[error("{} stays locked by another process that creates a root: end that process", .0.display())]
     CaLocked(PathBuf),
+    /// The files of the CA are gone.
+    #[error("{} and its key are gone: put them back, or the next start creates a new root", .0.display())]
+    CaMissing(PathBuf),
     /// A file or the directory of the CA belongs to somebody else.
     #[error("{} belongs to user {owner}: chown it to root or to the user that runs this process", path.display())]
     CaOwnedByOther {
@@ -201,6 +204,7 @@ impl ToReason for Error {
             | Self::CaKeyExposed { .. }
             | Self::CaKeyMismatch { .. }
             | Self::CaLocked(_)
+            | Self::CaMissing(_)
             | Self::CaNoRoot(_)
             | Self::CaNotAuthority(_)
             | Self::CaOwnedByOther { .. }

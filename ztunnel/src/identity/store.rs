@@ -119,6 +119,16 @@ impl Store {
         self.entries().by_id.remove(id);
     }
 
+    /// Asks anew for everything that is held, as soon as may be: whoever signs is another. What is
+    /// held serves until then.
+    pub fn renew_all(&self) {
+        let now = Instant::now();
+        for entry in self.entries().by_id.values_mut() {
+            entry.due = entry.due.min(now);
+        }
+        self.work.notify_one();
+    }
+
     /// Asks `issuer` for what is wanted and renews what is held, at half of its remaining life.
     /// Never returns; once dropped, nobody gets new credentials from this store.
     pub async fn run(&self, issuer: &impl Issuer) {
@@ -255,6 +265,9 @@ impl Store {
                 entry.failures = 0;
                 entry.failed = None;
                 let roots = credentials.roots().to_vec();
+                if matches!(&*entry.state.borrow(), State::Ready(held) if held.roots() != roots) {
+                    tracing::info!(%id, "certificate renewed, under other roots");
+                }
                 entry
                     .state
                     .send_replace(State::Ready(Arc::new(credentials)));

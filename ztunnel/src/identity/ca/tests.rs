@@ -252,3 +252,32 @@ fn a_pair_that_cannot_work_is_refused_at_the_start() {
         assert_eq!(found, what);
     }
 }
+
+#[test]
+fn what_is_opened_again_is_what_is_there_and_nothing_is_made() {
+    let scratch = Scratch::new();
+    assert!(matches!(
+        LocalCa::reopen(scratch.path(), wall_clock()),
+        Err(Error::CaMissing(_))
+    ));
+    let first = open(&scratch).unwrap();
+    let again = LocalCa::reopen(scratch.path(), wall_clock()).unwrap();
+    assert!(first.is(&again));
+
+    let other = Scratch::new();
+    let second = open(&other).unwrap();
+    assert!(!first.is(&second));
+    let [certificate, key] = LocalCa::files(scratch.path());
+    let [new_certificate, new_key] = LocalCa::files(other.path());
+    let old = fs::read_to_string(&certificate).unwrap();
+    let both = fs::read_to_string(&new_certificate).unwrap() + &old;
+    fs::copy(&new_key, &key).unwrap();
+    assert!(matches!(
+        LocalCa::reopen(scratch.path(), wall_clock()),
+        Err(Error::CaKeyMismatch { .. })
+    ));
+    fs::write(&certificate, both).unwrap();
+    let both = LocalCa::reopen(scratch.path(), wall_clock()).unwrap();
+    assert_eq!(both.roots(), 2);
+    assert!(!both.is(&second) && !both.is(&first));
+}

@@ -279,3 +279,30 @@ async fn what_a_list_revokes_is_asked_for_anew_and_not_given_out_meanwhile() {
     let second = bench.store.get(&revoked).await.unwrap();
     assert_ne!(first.chain(), second.chain());
 }
+
+#[tokio::test(start_paused = true)]
+async fn everything_is_asked_for_anew_when_another_signs_and_serves_until_then() {
+    let bench = bench(2, params());
+    let cart = bench.store.get(&id("cart")).await.unwrap();
+    let bank = bench.store.get(&id("bank")).await.unwrap();
+    assert_eq!(bench.asked(), 2);
+    bench.fake.open.forget_permits(2);
+    bench.store.renew_all();
+    settle().await;
+    assert_eq!(bench.asked(), 2);
+    for (name, held) in [("cart", &cart), ("bank", &bank)] {
+        assert!(Arc::ptr_eq(
+            held,
+            &bench.store.get(&id(name)).await.unwrap()
+        ));
+    }
+    bench.fake.open.add_permits(2);
+    settle().await;
+    for (name, held) in [("cart", &cart), ("bank", &bank)] {
+        assert!(!Arc::ptr_eq(
+            held,
+            &bench.store.get(&id(name)).await.unwrap()
+        ));
+    }
+    assert_eq!(bench.asked(), 0, "and not again");
+}
