@@ -3,6 +3,7 @@
 //! when standard output is slow, lines are dropped and counted.
 
 mod json;
+mod levels;
 mod lines;
 mod plain;
 
@@ -14,8 +15,7 @@ use tracing::field::Field;
 use tracing::subscriber::SetGlobalDefaultError;
 use tracing_log::LogTracer;
 use tracing_log::log::SetLoggerError;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::{LevelFilter, ParseError};
+use tracing_subscriber::filter::{LevelFilter, ParseError, Targets};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -23,6 +23,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use self::lines::Lines;
 use crate::account::{Family, Kind, Source};
 
+pub use self::levels::{Base, Levels};
 pub use self::lines::hold_lines;
 
 /// How a line looks.
@@ -38,7 +39,10 @@ pub enum Format {
 /// Keeps the writer alive. Dropping it writes what is still buffered, waiting a second at most.
 #[derive(Debug)]
 #[must_use]
-pub struct Guard(Lines);
+pub struct Guard {
+    levels: Levels,
+    lines: Lines,
+}
 
 /// Why logging could not start.
 #[derive(Debug, Error)]
@@ -49,11 +53,11 @@ pub enum Error {
     /// A part of the filter is neither a level nor `target=level`. Taken as a target, a misspelled
     /// level would silence everything else.
     #[error(
-        "RUST_LOG: {0:?} is neither a level (off, error, warn, info, debug, trace) nor target=level"
+        "RUST_LOG or level: {0:?} is neither a level (off, error, warn, info, debug, trace) nor target=level"
     )]
     Directive(String),
     /// A part of the filter is not understood.
-    #[error("RUST_LOG is {filter:?}")]
+    #[error("RUST_LOG or level is {filter:?}")]
     Filter {
         /// The whole filter.
         filter: String,
@@ -74,26 +78,32 @@ pub enum Error {
 /// # Errors
 /// When the filter is not understood, or logging was started before.
 pub fn init(format: Format, filter: &str) -> Result<Guard, Error> {
-    let filter = parse(filter)?;
+    let levels = Levels::new(parse(filter)?);
     let lines = Lines::start(io::stdout()).map_err(Error::Thread)?;
-    let subscriber = subscriber(format, filter, SystemTime, lines.clone());
+    let subscriber = subscriber(format, levels.clone(), SystemTime, lines.clone());
     tracing::subscriber::set_global_default(subscriber).map_err(Error::Started)?;
     // Libraries that know only the older facade; the filter is for them too.
     LogTracer::init().map_err(Error::Bridge)?;
-    Ok(Guard(lines))
+    Ok(Guard { levels, lines })
 }
 
 impl Guard {
+    /// The filter, to be changed.
+    #[must_use]
+    pub fn levels(&self) -> Levels {
+        self.levels.clone()
+    }
+
     /// The rows about logging itself.
     #[must_use]
     pub fn source(&self) -> Box<dyn Source> {
-        Box::new(Dropped(self.0.clone()))
+        Box::new(Dropped(self.lines.clone()))
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.0.flush();
+        self.lines.flush();
     }
 }
 
@@ -113,7 +123,7 @@ impl Source for Dropped {
 
 fn subscriber<T, W>(
     format: Format,
-    filter: EnvFilter,
+    levels: Levels,
     time: T,
     writer: W,
 ) -> Box<dyn Subscriber + Send + Sync>
@@ -125,7 +135,7 @@ where
         .with_ansi(false)
         .log_internal_errors(false)
         .with_writer(writer);
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(levels);
     match format {
         Format::Json => Box::new(
             registry.with(
@@ -144,22 +154,23 @@ where
     }
 }
 
-fn parse(filter: &str) -> Result<EnvFilter, Error> {
+fn parse(filter: &str) -> Result<Targets, Error> {
     let directives: Vec<_> = filter
         .split(',')
         .map(str::trim)
         .filter(|directive| !directive.is_empty())
         .collect();
     if directives.is_empty() {
-        return Ok(EnvFilter::new("info"));
+        return Ok(Targets::new().with_default(LevelFilter::INFO));
     }
     for directive in &directives {
         if !directive.contains('=') && directive.parse::<LevelFilter>().is_err() {
             return Err(Error::Directive((*directive).to_owned()));
         }
     }
-    EnvFilter::builder()
-        .parse(directives.join(","))
+    directives
+        .join(",")
+        .parse()
         .map_err(|source| Error::Filter {
             filter: filter.to_owned(),
             source,

@@ -2,7 +2,7 @@
 //! sums; never resets one.
 
 use std::collections::hash_map::RandomState;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::BuildHasher as _;
 #[expect(
     clippy::disallowed_types,
@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use super::labels::{Labels, View};
-use super::ledger::{Learned, Ledger, Opening};
+use super::ledger::{Known, Learned, Ledger, Opening};
+use super::open::OpenConnection;
 use super::source::Source;
 use super::{page, process};
 use crate::model::{Direction, Reason, SecurityPolicy};
@@ -89,6 +90,14 @@ struct Pages {
     /// By hash of the label set, so that a look-up copies no text. Label sets come from the
     /// snapshot and from proven identities, so their number is the mesh's.
     traffic: Locked<HashMap<u64, Vec<Arc<Traffic>>>>,
+    open: Locked<Open>,
+}
+
+/// The connections of a worker that have their labels, numbered as they came.
+#[derive(Debug, Default)]
+struct Open {
+    next: u64,
+    known: BTreeMap<u64, Arc<Known>>,
 }
 
 impl Accounts {
@@ -113,6 +122,25 @@ impl Accounts {
     /// Adds rows of another room to every later page.
     pub fn register(&self, source: Box<dyn Source>) {
         self.0.sources.with(|sources| sources.push(source));
+    }
+
+    /// The connections that are open now and have their labels. Connections may come and go while the
+    /// list is made.
+    #[must_use]
+    pub fn open_connections(&self) -> Vec<OpenConnection> {
+        let mut all = Vec::new();
+        for book in &self.0.books {
+            let mut after = None;
+            loop {
+                let some = book.listed_after(after);
+                after = some.last().map(|(number, _)| *number);
+                if after.is_none() {
+                    break;
+                }
+                all.extend(some.into_iter().map(|(_, known)| OpenConnection(known)));
+            }
+        }
+        all
     }
 
     /// Forgets the label sets of workloads that do not exist any more, so that the page does not grow
@@ -179,6 +207,31 @@ impl Book {
             let new = Arc::new(Traffic::new(view.to_labels()));
             same_hash.push(Arc::clone(&new));
             new
+        })
+    }
+
+    /// Lists a connection as open; gives its number.
+    pub(super) fn list(&self, known: &Arc<Known>) -> u64 {
+        self.0.open.with(|open| {
+            open.next += 1;
+            open.known.insert(open.next, Arc::clone(known));
+            open.next
+        })
+    }
+
+    /// It is open no longer.
+    pub(super) fn unlist(&self, number: u64) {
+        // Dropped outside of the lock.
+        let _known = self.0.open.with(|open| open.known.remove(&number));
+    }
+
+    /// Some of the open connections with greater numbers, so few that the worker can wait for it.
+    fn listed_after(&self, number: Option<u64>) -> Vec<(u64, Arc<Known>)> {
+        let first = number.map_or(0, |number| number.saturating_add(1));
+        self.0.open.with(|open| {
+            let some = open.known.range(first..).take(LISTED_AT_ONCE);
+            some.map(|(number, known)| (*number, Arc::clone(known)))
+                .collect()
         })
     }
 
@@ -289,6 +342,9 @@ impl PerPath {
             .zip(self.0.iter().map(Count::get))
     }
 }
+
+/// A few microseconds' worth of copying.
+const LISTED_AT_ONCE: usize = 256;
 
 /// A lock that is held for one closure and survives a panic in it.
 #[derive(Debug, Default)]

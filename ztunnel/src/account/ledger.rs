@@ -59,15 +59,23 @@ pub struct Ledger {
     received_bytes: Cell<u64>,
     sent_bytes: Cell<u64>,
     retries: Cell<u32>,
-    known: OnceCell<Box<Known>>,
+    known: OnceCell<Listed>,
     closed: bool,
 }
 
 /// From here the connection has counters of its own.
 #[derive(Debug)]
 pub(super) struct Known {
+    pub(super) opening: Opening,
     pub(super) learned: Learned,
     traffic: Arc<Traffic>,
+}
+
+/// What is known, and its place in the book's list of open connections.
+#[derive(Debug)]
+struct Listed {
+    known: Arc<Known>,
+    number: u64,
 }
 
 impl Learned {
@@ -126,9 +134,15 @@ impl Ledger {
             return;
         }
         let traffic = self.book.traffic(self.opening.direction, &learned);
-        let known = self
-            .known
-            .get_or_init(|| Box::new(Known { learned, traffic }));
+        let known = Arc::new(Known {
+            opening: self.opening,
+            learned,
+            traffic,
+        });
+        let Listed { known, .. } = self.known.get_or_init(|| Listed {
+            number: self.book.list(&known),
+            known,
+        });
         known.traffic.opened.add(1);
         let tally = self.book.tally(self.opening.direction);
         tally.by_path.add_one(known.learned.security);
@@ -162,7 +176,8 @@ impl Ledger {
                 .then(|| error.unwrap_or_else(|| reason.as_str().to_owned())),
         };
         match self.known.get() {
-            Some(known) => {
+            Some(Listed { known, number }) => {
+                self.book.unlist(*number);
                 known.traffic.closed.add_one(reason);
                 access_log::complete(&self.opening, &known.learned, &ending);
             }
@@ -174,14 +189,14 @@ impl Ledger {
 impl Meter for Ledger {
     fn received(&self, bytes: u64) {
         self.received_bytes.set(self.received_bytes.get() + bytes);
-        if let Some(known) = self.known.get() {
+        if let Some(Listed { known, .. }) = self.known.get() {
             known.traffic.received_bytes.add(bytes);
         }
     }
 
     fn sent(&self, bytes: u64) {
         self.sent_bytes.set(self.sent_bytes.get() + bytes);
-        if let Some(known) = self.known.get() {
+        if let Some(Listed { known, .. }) = self.known.get() {
             known.traffic.sent_bytes.add(bytes);
         }
     }

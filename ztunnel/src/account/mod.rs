@@ -9,12 +9,14 @@ mod access_log;
 mod book;
 mod labels;
 mod ledger;
+mod open;
 mod page;
 mod process;
 mod source;
 
 pub use book::{Accounts, Book, Socket};
 pub use ledger::{Learned, Ledger, Opening};
+pub use open::OpenConnection;
 pub use source::{Family, Kind, Row, Source};
 
 #[cfg(test)]

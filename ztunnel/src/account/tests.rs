@@ -704,6 +704,7 @@ fn a_pod_without_a_name_is_shown_by_its_service_and_spans_carry_the_trace() {
 
 #[test]
 fn what_a_connection_keeps_is_within_its_budget_in_bytes() {
+    // With what the list of open connections shows, which outlives a look at the ledger.
     let kept = size_of::<Ledger>() + size_of::<ledger::Known>();
-    assert!(kept <= 384, "{kept}");
+    assert!(kept <= 448, "{kept}");
 }

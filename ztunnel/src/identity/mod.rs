@@ -22,6 +22,6 @@ pub use error::{Error, is_revocation};
 pub use followed::Role;
 pub use revocation::{Revocation, Revocations};
 pub use source::Ca;
-pub use store::{Clock, Params, Store};
+pub use store::{CertificateState, Clock, Params, Store};
 pub use tls::{Credentials, Rules, Versions};
 pub use verify::{peer_identities, peer_identity};

@@ -55,6 +55,17 @@ impl Default for Params {
     }
 }
 
+/// What is known of the certificate of one identity.
+#[derive(Clone, Debug)]
+pub enum CertificateState {
+    /// It is there.
+    Available(Arc<Credentials>),
+    /// It was asked for, and there is no answer yet.
+    Initializing,
+    /// The source gives none, for this reason.
+    Unavailable(String),
+}
+
 /// Credentials by identity, shared by all threads. `run` must be driven, or nobody gets any.
 pub struct Store {
     params: Params,
@@ -112,6 +123,28 @@ impl Store {
             entries.by_id.insert(id.clone(), Entry::new(Urgency::Early));
         }
         self.work.notify_one();
+    }
+
+    /// Every identity that is held or asked for, in their order as texts.
+    #[must_use]
+    pub fn states(&self) -> Vec<(SpiffeId, CertificateState)> {
+        let mut states: Vec<_> = self
+            .entries()
+            .by_id
+            .iter()
+            .map(|(id, entry)| {
+                let state = match &*entry.state.borrow() {
+                    State::Waiting => CertificateState::Initializing,
+                    State::Ready(credentials) => {
+                        CertificateState::Available(Arc::clone(credentials))
+                    }
+                    State::Failed(error) => CertificateState::Unavailable(error.to_string()),
+                };
+                (id.clone(), state)
+            })
+            .collect();
+        states.sort_by_cached_key(|(id, _)| id.to_string());
+        states
     }
 
     /// Stops renewing the credentials of `id`; who still holds them may use them up.

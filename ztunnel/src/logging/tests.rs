@@ -10,16 +10,17 @@ use super::*;
 
 /// Runs `f` under a subscriber of this format and filter; gives what it wrote, with `TIME` as time.
 pub(crate) fn logged(format: Format, filter: &str, f: impl FnOnce()) -> String {
-    // Where one subscriber is all there is, a thread that has none and comes to a place in the code
-    // first would silence that place for everybody.
-    static OTHER: LazyLock<tracing::Dispatch> =
-        LazyLock::new(|| tracing::Dispatch::new(tracing_subscriber::registry()));
-    LazyLock::force(&OTHER);
+    keep_another();
     let lines = Lines::default();
     let writer = lines.clone();
     let time: fn(&mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result =
         |w| w.write_str("TIME");
-    let subscriber = subscriber(format, parse(filter).unwrap(), time, move || writer.clone());
+    let subscriber = subscriber(
+        format,
+        Levels::new(parse(filter).unwrap()),
+        time,
+        move || writer.clone(),
+    );
     tracing::subscriber::with_default(subscriber, || {
         // Another test's thread may just have found that nobody listens.
         tracing::callsite::rebuild_interest_cache();
@@ -27,6 +28,14 @@ pub(crate) fn logged(format: Format, filter: &str, f: impl FnOnce()) -> String {
     });
     let lines = lines.0.lock().unwrap();
     String::from_utf8(lines.clone()).unwrap()
+}
+
+/// Where one subscriber is all there is, a thread that has none and comes to a place in the code first
+/// would silence that place for everybody.
+fn keep_another() {
+    static OTHER: LazyLock<tracing::Dispatch> =
+        LazyLock::new(|| tracing::Dispatch::new(tracing_subscriber::registry()));
+    LazyLock::force(&OTHER);
 }
 
 #[derive(Clone, Default)]
@@ -139,8 +148,60 @@ fn a_filter_that_is_not_understood_names_its_variable() {
         ("debug,", LevelFilter::DEBUG),
     ] {
         let parsed = parse(filter).unwrap();
-        assert_eq!(parsed.max_level_hint(), Some(level), "{filter:?}");
+        assert_eq!(levels::highest(&parsed), level, "{filter:?}");
     }
+}
+
+// B116, B117.
+#[test]
+fn a_change_adds_to_the_filter_a_reset_goes_back_and_a_bad_one_changes_nothing() {
+    let levels = Levels::new(parse("info,ztunnel::tunnel=trace").unwrap());
+    levels.change(Base::Now, "access=debug,warn").unwrap();
+    let shown = levels.show();
+    for part in ["access=debug", "ztunnel::tunnel=trace", "warn"] {
+        assert!(shown.contains(part), "{shown}");
+    }
+    for bad in ["foo", "access", "access:debug", "info,a=b=c"] {
+        assert!(levels.change(Base::Now, bad).is_err(), "{bad}");
+        assert_eq!(levels.show(), shown);
+    }
+    levels.change(Base::Start, "access=off").unwrap();
+    let shown = levels.show();
+    assert!(
+        !shown.contains("warn") && shown.contains("access=off"),
+        "{shown}"
+    );
+    levels.change(Base::Start, "").unwrap();
+    assert_eq!(
+        levels.show(),
+        parse("info,ztunnel::tunnel=trace").unwrap().to_string()
+    );
+}
+
+#[test]
+fn a_changed_filter_counts_for_places_that_have_logged_before() {
+    keep_another();
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let levels = Levels::new(parse("info").unwrap());
+    let time: fn(&mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result =
+        |w| w.write_str("TIME");
+    let subscriber = subscriber(Format::Plain, levels.clone(), time, move || writer.clone());
+    let say = |text| tracing::debug!(target: "access", text, "said");
+    tracing::subscriber::with_default(subscriber, || {
+        tracing::callsite::rebuild_interest_cache();
+        say("first");
+        levels.change(Base::Now, "access=debug").unwrap();
+        say("second");
+        levels.change(Base::Start, "").unwrap();
+        say("third");
+    });
+    let lines = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    assert!(lines.contains("second"), "{lines}");
+    assert!(
+        !lines.contains("first") && !lines.contains("third"),
+        "{lines}"
+    );
 }
 
 #[test]
@@ -152,7 +213,10 @@ fn lines_that_do_not_fit_are_dropped_and_counted() {
     for _ in 0..12 {
         lines.make_writer().write_all(&line).unwrap();
     }
-    let guard = Guard(lines);
+    let guard = Guard {
+        levels: Levels::new(parse("").unwrap()),
+        lines,
+    };
     let families = guard.source().families();
     drop(sent);
     // Eight mebibytes may wait.
