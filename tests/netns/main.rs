@@ -26,6 +26,7 @@ mod limits;
 mod listener;
 mod local;
 mod many;
+mod operate;
 mod plaintext;
 mod policy;
 mod relay;

@@ -1,16 +1,22 @@
-//! What operators and probes ask over HTTP: the metrics page and readiness. Takes requests on the
-//! control runtime, gives answers from memory; never touches a connection of the data plane.
+//! What operators and probes ask over HTTP: the metrics page, readiness, and the operator's own port.
+//! Takes requests on the control runtime, gives answers from memory; never touches a connection of
+//! the data plane.
+
+mod dump;
+mod operate;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, ALLOW, CONTENT_TYPE};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use http::header::{ACCEPT, ACCEPT_ENCODING, ALLOW, CONTENT_ENCODING, CONTENT_TYPE, VARY};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, request};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -24,6 +30,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+pub use self::dump::{PodStatus, Sources};
+pub use self::operate::Operate;
 use crate::account::Accounts;
 use crate::drain::Signal;
 
@@ -43,10 +51,10 @@ pub enum Error {
 /// An answer, complete in memory.
 pub type Answer = Response<Full<Bytes>>;
 
-/// Somebody who answers requests without waiting. Bodies of requests are not read.
+/// Somebody who answers requests. Bodies of requests are not read.
 pub trait Handler: Send + Sync + 'static {
     /// The answer to this request.
-    fn answer(&self, request: &request::Parts) -> Answer;
+    fn answer(&self, request: &request::Parts) -> impl Future<Output = Answer> + Send;
 }
 
 /// A listening HTTP/1.1 server: few connections, small requests, every wait bounded.
@@ -150,11 +158,11 @@ impl Stats {
 
 // PROTOCOL.md#stats
 impl Handler for Stats {
-    fn answer(&self, request: &request::Parts) -> Answer {
+    async fn answer(&self, request: &request::Parts) -> Answer {
         match (request.uri.path(), &request.method) {
             ("/metrics" | "/stats/prometheus", &Method::GET | &Method::HEAD) => {
-                let mut answer = text(StatusCode::OK, self.0.encode());
-                if takes_openmetrics(&request.headers) {
+                let mut answer = page(self.0.encode(), &request.headers);
+                if takes(&request.headers, ACCEPT, "application/openmetrics-text") {
                     answer.headers_mut().insert(CONTENT_TYPE, OPENMETRICS);
                 }
                 answer
@@ -206,7 +214,7 @@ impl Readiness {
 
 // PROTOCOL.md#readiness
 impl Handler for Readiness {
-    fn answer(&self, request: &request::Parts) -> Answer {
+    async fn answer(&self, request: &request::Parts) -> Answer {
         match (request.uri.path(), &request.method) {
             ("/healthz/ready", &Method::GET) => {
                 let pending = self.pending();
@@ -242,9 +250,11 @@ impl Drop for Task {
 /// Answers the requests of one connection.
 async fn converse(socket: TcpStream, handler: Arc<impl Handler>, mut signal: Signal) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let (parts, _body) = request.into_parts();
-        let answer = handler.answer(&parts);
-        async move { Ok::<_, Infallible>(answer) }
+        let handler = Arc::clone(&handler);
+        async move {
+            let (parts, _body) = request.into_parts();
+            Ok::<_, Infallible>(handler.answer(&parts).await)
+        }
     });
     let mut connection = pin!(
         http1::Builder::new()
@@ -286,14 +296,47 @@ fn method_not_allowed(allowed: &'static str) -> Answer {
     answer
 }
 
-fn takes_openmetrics(headers: &HeaderMap) -> bool {
+/// A page, compressed if that is wanted.
+fn page(body: String, headers: &HeaderMap) -> Answer {
+    let compressed = takes(headers, ACCEPT_ENCODING, "gzip")
+        .then(|| compress(body.as_bytes()))
+        .and_then(Result::ok);
+    let mut answer = match compressed {
+        Some(compressed) => {
+            let mut answer = Response::new(Full::from(compressed));
+            let headers = answer.headers_mut();
+            headers.insert(CONTENT_TYPE, PLAIN_TEXT);
+            headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+            answer
+        }
+        None => text(StatusCode::OK, body),
+    };
+    let vary = HeaderValue::from_static("accept, accept-encoding");
+    answer.headers_mut().insert(VARY, vary);
+    answer
+}
+
+fn compress(body: &[u8]) -> io::Result<Vec<u8>> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(body)?;
+    encoder.finish()
+}
+
+/// Whether a header lists something, and does not refuse it by a weight of zero.
+fn takes(headers: &HeaderMap, list: http::HeaderName, what: &str) -> bool {
     headers
-        .get_all(ACCEPT)
+        .get_all(list)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
-        .filter_map(|range| range.split(';').next())
-        .any(|range| range.trim() == "application/openmetrics-text")
+        .any(|range| {
+            let mut parts = range.split(';').map(str::trim);
+            let refused = |parameter: &str| {
+                let weight = parameter.strip_prefix("q=").map(str::parse::<f32>);
+                matches!(weight, Some(Ok(weight)) if weight == 0.0)
+            };
+            parts.next() == Some(what) && !parts.any(refused)
+        })
 }
 
 /// What an operator does about an address that cannot be listened on.

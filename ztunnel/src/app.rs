@@ -18,7 +18,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
 use crate::account::{self, Accounts};
-use crate::admin::{self, Readiness, Stats};
+use crate::admin::{self, Operate, PodStatus, Readiness, Sources, Stats};
 use crate::authz::{self, plaintext_verdict};
 use crate::capture::{self, Capture, PlaintextVerdict, PodSettings};
 use crate::config::Config;
@@ -27,8 +27,9 @@ use crate::control::{self, Demander, FileSource, PodEntry, World};
 use crate::drain;
 use crate::enrol::{Change, Enrolment, Wanted};
 use crate::identity::{self, Ca, RemoteCa, Revocations, Rules, Store, Versions};
+use crate::logging::Levels;
 use crate::mesh::{self, Mesh, Reader, Updates};
-use crate::model::{Chain, SpiffeId};
+use crate::model::{Chain, PodUid, SpiffeId};
 use crate::worker::{self, Order, Unserved, Worker};
 use crate::{stats, tunnel};
 use root::FollowedRoot;
@@ -66,23 +67,33 @@ pub enum Error {
     WorkerLost(usize),
 }
 
-/// Runs until a signal ends it. `log_rows` is what logging counts of itself.
+/// What logging gives the rest of the process.
+#[derive(Debug)]
+pub struct Logs {
+    /// What it counts of itself.
+    pub rows: Box<dyn account::Source>,
+    /// Its filter.
+    pub levels: Levels,
+}
+
+/// Runs until a signal or an operator ends it.
 ///
 /// # Errors
 /// When something that it needs is missing; then nothing was changed, or what was is closed.
-pub fn run(config: &Config, log_rows: Box<dyn account::Source>) -> Result<(), Error> {
+pub fn run(config: &Config, logs: Logs) -> Result<(), Error> {
     capture::raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let ended = runtime.block_on(Box::pin(serve(config, log_rows)));
+    let ended = runtime.block_on(Box::pin(serve(config, logs)));
     // A second interrupt leaves workers behind; the process does not wait for them.
     runtime.shutdown_background();
     ended
 }
 
-async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<(), Error> {
-    let mut signals = Signals::listen()?;
+async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
+    let (quit, quits) = mpsc::channel(1);
+    let mut signals = Signals::listen(quits)?;
     let params = capture_params(config);
     // Before anything is changed, also before a CA is created.
     capture::preflight(&params).map_err(Error::Preflight)?;
@@ -93,7 +104,7 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
     let store = Arc::new(Store::new(certificates, Arc::new(wall_clock)));
     let _root = root.map(|root| root.follow(Arc::clone(&store)));
     let accounts = Accounts::new(config.workers);
-    accounts.register(log_rows);
+    accounts.register(logs.rows);
     let readiness = Readiness::default();
     let state_ready = readiness.task("state manager");
     let pods_ready = readiness.task("workload proxy manager");
@@ -101,13 +112,13 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
         accounts.register(stats::control_plane(counts));
     }
     accounts.register(stats::build(&config.istio_version));
-    let stats_server = admin::Server::bind(any(STATS_PORT))?;
-    let readiness_server = admin::Server::bind(any(READINESS_PORT))?;
+    let ports = Ports::bind()?;
 
     let capture = Capture::start(&params)?;
     accounts.register(stats::kernel(capture.clone()));
 
     let (mesh, subscribe) = Mesh::new(Arc::clone(&config.network), state);
+    let (tell_pods, pods) = watch::channel(Arc::default());
     let (tell_unserved, unserved) = mpsc::channel(UNSERVED);
     let shared = Shared {
         accounts: &accounts,
@@ -117,15 +128,12 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
         unserved: tell_unserved,
         demander: updates.demander(),
     };
+    let operate = shared.operate(config, pods, logs.levels, quit);
     let workers = start_workers(config, &shared)?;
     let (end, drain) = drain::channel();
-    let servers = async {
-        tokio::join!(
-            stats_server.serve(Stats::new(accounts.clone()), drain.clone()),
-            readiness_server.serve(readiness.clone(), drain.clone()),
-            store.run(&ca),
-        )
-    };
+    let stats = Stats::new(accounts.clone());
+    let ready = readiness.clone();
+    let servers = async { tokio::join!(ports.serve(stats, ready, operate, drain), store.run(&ca)) };
     let enrolment = Enrolment::new(capture);
     accounts.register(stats::enrolment(enrolment.census()));
     let mut node = Node {
@@ -137,6 +145,7 @@ async fn serve(config: &Config, log_rows: Box<dyn account::Source>) -> Result<()
         accounts: accounts.clone(),
         mesh,
         identities: BTreeSet::new(),
+        tell_pods,
     };
     let control = async {
         // Until the state is complete nothing is served by half of it; who waits is served then.
@@ -173,6 +182,7 @@ struct Node {
     mesh: Mesh,
     /// The identities of the pods that should be served.
     identities: BTreeSet<SpiffeId>,
+    tell_pods: watch::Sender<Arc<[PodStatus]>>,
 }
 
 impl Node {
@@ -253,7 +263,7 @@ impl Node {
             // Many pods take a while; probes and scrapes have their turn.
             tokio::task::yield_now().await;
         }
-        self.readiness.troubled(self.enrolment.census().troubled());
+        self.report();
         self.prefetch(&world, &wanted);
     }
 
@@ -273,8 +283,27 @@ impl Node {
     async fn give_up(&mut self, unserved: &Unserved) {
         if let Some(change) = self.enrolment.give_up(unserved.id, &unserved.error) {
             self.tell(change).await;
-            self.readiness.troubled(self.enrolment.census().troubled());
+            self.report();
         }
+    }
+
+    /// Says which pods are served.
+    fn report(&self) {
+        self.readiness.troubled(self.enrolment.census().troubled());
+        let status = |entry: &PodEntry| PodStatus {
+            // A file names each namespace once, so a pod's names tell it from others.
+            uid: PodUid(entry.pod.to_string().into()),
+            pod: entry.pod.clone(),
+            up: self.enrolment.is_up(&entry.pod),
+        };
+        let now: Arc<[PodStatus]> = self.mesh.pods().iter().map(status).collect();
+        self.tell_pods.send_if_modified(|told| {
+            let changed = **told != *now;
+            if changed {
+                *told = now;
+            }
+            changed
+        });
     }
 
     async fn tell(&self, change: Change) {
@@ -415,6 +444,30 @@ struct Shared<'a> {
     demander: Option<Demander>,
 }
 
+impl Shared<'_> {
+    /// What the operator's port answers from.
+    fn operate(
+        &self,
+        config: &Config,
+        pods: watch::Receiver<Arc<[PodStatus]>>,
+        levels: Levels,
+        quit: mpsc::Sender<()>,
+    ) -> Operate {
+        Operate {
+            sources: Sources {
+                world: self.world.clone(),
+                pods,
+                store: Arc::clone(self.store),
+                accounts: self.accounts.clone(),
+                config: config.shown(),
+                istio_version: config.istio_version.clone(),
+            },
+            levels,
+            quit,
+        }
+    }
+}
+
 fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Error> {
     let start = |number| {
         let params = worker::Params {
@@ -513,25 +566,29 @@ fn tunnel_params(config: &Config) -> tunnel::Params {
     }
 }
 
-/// The signals that end the process.
+/// What ends the process.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Orders of the operator's port.
+    quits: mpsc::Receiver<()>,
 }
 
 impl Signals {
-    fn listen() -> Result<Self, std::io::Error> {
+    fn listen(quits: mpsc::Receiver<()>) -> Result<Self, std::io::Error> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            quits,
         })
     }
 
-    /// The first signal that asks for the end. Cancel safe.
+    /// The first signal or operator that asks for the end. Cancel safe.
     async fn stop(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            Some(()) = self.quits.recv() => info!("an operator asks for the end"),
         }
     }
 
@@ -557,6 +614,48 @@ fn wall_clock() -> SystemTime {
     SystemTime::now()
 }
 
+/// The servers for operators and probes.
+struct Ports {
+    stats: admin::Server,
+    readiness: admin::Server,
+    operate: admin::Server,
+    /// The same on IPv6; a host may have IPv6 and no `::1`.
+    operate6: Option<admin::Server>,
+}
+
+impl Ports {
+    fn bind() -> Result<Self, admin::Error> {
+        Ok(Self {
+            stats: admin::Server::bind(any(STATS_PORT))?,
+            readiness: admin::Server::bind(any(READINESS_PORT))?,
+            operate: admin::Server::bind((Ipv4Addr::LOCALHOST, OPERATE_PORT).into())?,
+            operate6: admin::Server::bind((Ipv6Addr::LOCALHOST, OPERATE_PORT).into())
+                .inspect_err(|error| info!(error = %Chain(error), "operators ask by IPv4 only"))
+                .ok(),
+        })
+    }
+
+    async fn serve(
+        self,
+        stats: Stats,
+        readiness: Readiness,
+        operate: Operate,
+        drain: drain::Signal,
+    ) {
+        let operate6 = async {
+            if let Some(server) = self.operate6 {
+                server.serve(operate.clone(), drain.clone()).await;
+            }
+        };
+        tokio::join!(
+            self.stats.serve(stats, drain.clone()),
+            self.readiness.serve(readiness, drain.clone()),
+            self.operate.serve(operate.clone(), drain.clone()),
+            operate6,
+        );
+    }
+}
+
 /// All addresses of the node, both families where the kernel has both.
 fn any(port: u16) -> SocketAddr {
     let v6 = Path::new("/proc/net/if_inet6").exists();
@@ -567,6 +666,10 @@ fn any(port: u16) -> SocketAddr {
     };
     SocketAddr::new(ip, port)
 }
+
+/// Where operators ask.
+// PROTOCOL.md#admin
+const OPERATE_PORT: u16 = 15000;
 
 /// Where metrics are read.
 // PROTOCOL.md#ports

@@ -216,6 +216,51 @@ impl Config {
     }
 }
 
+impl Config {
+    /// The settings as operators are shown them; no value of a secret is among them.
+    // PROTOCOL.md#config-dump
+    #[must_use]
+    pub fn shown(&self) -> serde_json::Value {
+        let duration = |duration: Duration| {
+            serde_json::json!({
+                "secs": duration.as_secs(),
+                "nanos": duration.subsec_nanos(),
+            })
+        };
+        serde_json::json!({
+            "source": match &self.source {
+                Some(Source::File(path)) => Some(format!("file {}", path.display())),
+                Some(Source::Inline(_)) => Some("inline".to_owned()),
+                None => None,
+            },
+            "xdsAddress": self.xds.as_ref().map(|xds| xds.rpc.endpoint.to_string()),
+            "xdsOnDemand": self.xds.as_ref().is_some_and(|xds| xds.on_demand),
+            "caAddress": self.ca.as_ref().map(|ca| ca.endpoint.to_string()),
+            "caDir": self.ca_dir,
+            "crlPath": self.crl_path,
+            "bpfPinDir": self.bpf_pin_dir,
+            "network": &*self.network,
+            "localNode": &*self.node,
+            "numWorkerThreads": self.workers,
+            "secretTtl": duration(self.secret_ttl),
+            "tls12Enabled": self.tls12,
+            "requireOriginalSource": self.original_source,
+            "enableResponseBaggage": self.response_baggage,
+            "localhostAppTunnel": self.localhost_app_tunnel,
+            "localFastPath": self.local_fast_path,
+            "authzPolicyInfoLogging": self.policy_info_logging,
+            "selfTerminationDeadline": duration(self.termination_deadline),
+            "keepaliveEnabled": self.keepalive.is_some(),
+            "poolMaxStreamsPerConn": self.pool_max_streams,
+            "poolUnusedReleaseTimeout": duration(self.pool_unused_release),
+            "windowSize": self.stream_window_bytes,
+            "connectionWindowSize": self.connection_window_bytes,
+            "frameSize": self.frame_bytes,
+            "logFilter": self.log_filter,
+        })
+    }
+}
+
 /// Where this node's programs and maps are pinned, for verbs that need no other setting.
 #[must_use]
 pub fn bpf_pin_dir() -> PathBuf {

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use ztunnel::app::Logs;
 use ztunnel::config::{Config, LogFormat};
 use ztunnel::logging;
 
@@ -96,7 +97,13 @@ fn proxy(rest: &[String]) -> ExitCode {
         let unusable = config.unusable.join(" ");
         tracing::error!(%unusable, "variables that do not parse as JSON are left out of the node's metadata");
     }
-    let ended = ztunnel::app::run(&config, guard.source());
+    let ended = ztunnel::app::run(
+        &config,
+        Logs {
+            rows: guard.source(),
+            levels: guard.levels(),
+        },
+    );
     drop(guard);
     match ended {
         Ok(()) => ExitCode::SUCCESS,

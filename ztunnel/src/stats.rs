@@ -54,6 +54,31 @@ impl Source for Pods {
                 Kind::Counter,
                 self.0.repairs(),
             ),
+            // PROTOCOL.md#pod-families
+            Family::single(
+                "workload_manager_active_proxy_count",
+                "Pods that are served",
+                Kind::Gauge,
+                self.0.enrolled(),
+            ),
+            Family::single(
+                "workload_manager_pending_proxy_count",
+                "Pods that should be served and are not",
+                Kind::Gauge,
+                self.0.troubled(),
+            ),
+            Family::single(
+                "workload_manager_proxies_started",
+                "Pods that began to be served",
+                Kind::Counter,
+                self.0.started(),
+            ),
+            Family::single(
+                "workload_manager_proxies_stopped",
+                "Pods that ceased to be served",
+                Kind::Counter,
+                self.0.stopped(),
+            ),
         ]
     }
 }

@@ -71,6 +71,8 @@ pub struct Census {
     enrolled: AtomicU64,
     troubled: AtomicU64,
     repairs: AtomicU64,
+    started: AtomicU64,
+    stopped: AtomicU64,
 }
 
 impl Census {
@@ -90,6 +92,27 @@ impl Census {
     #[must_use]
     pub fn repairs(&self) -> u64 {
         self.repairs.load(Ordering::Relaxed)
+    }
+
+    /// How many enrolments began.
+    #[must_use]
+    pub fn started(&self) -> u64 {
+        self.started.load(Ordering::Relaxed)
+    }
+
+    /// How many of them ended.
+    #[must_use]
+    pub fn stopped(&self) -> u64 {
+        self.stopped.load(Ordering::Relaxed)
+    }
+
+    /// A difference counts.
+    fn take(&self, change: &Change) {
+        let counter = match change {
+            Change::Up { .. } => &self.started,
+            Change::Down(_) => &self.stopped,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -165,6 +188,7 @@ impl Enrolment {
         }
         self.troubled.retain(|pod, _| listed.contains(pod));
         self.count();
+        changes.iter().for_each(|change| self.census.take(change));
         if behind {
             return changes;
         }
@@ -190,7 +214,9 @@ impl Enrolment {
         let held = self.enrolled.remove(&cookie)?;
         self.report(&held.wanted.pod, error);
         self.count();
-        Some(Change::Down(id))
+        let change = Change::Down(id);
+        self.census.take(&change);
+        Some(change)
     }
 
     /// How the pods are, kept up to date by every call.
@@ -256,6 +282,12 @@ impl Enrolment {
     #[must_use]
     pub fn troubled(&self) -> usize {
         self.troubled.len()
+    }
+
+    /// Whether a wanted pod is captured as it should be.
+    #[must_use]
+    pub fn is_up(&self, pod: &PodRef) -> bool {
+        !self.troubled.contains_key(pod)
     }
 
     /// The kernel's side.

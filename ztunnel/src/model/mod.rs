@@ -32,5 +32,5 @@ pub use service::{
 };
 pub use workload::{
     AppProtocol, ApplicationTunnel, GatewayAddress, GatewayDestination, Health, InvalidName,
-    Locality, NamespacedHostname, NetworkMode, PodRef, Protocol, Workload, WorkloadUid,
+    Locality, NamespacedHostname, NetworkMode, PodRef, PodUid, Protocol, Workload, WorkloadUid,
 };
