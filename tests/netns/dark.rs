@@ -18,7 +18,7 @@ use ztunnel_tests::{
     wait,
 };
 
-use crate::mesh::{Before, Mesh, PATIENCE, REQUEST, assert_alive, assert_echo, knock};
+use crate::mesh::{Before, Mesh, PATIENCE, REQUEST, assert_alive, assert_echo, knock, wait_fate};
 
 /// How a network goes dark.
 struct Night {
@@ -135,6 +135,9 @@ fn outlives(night: &Night) -> Result<()> {
     (night.lifts)(&mesh)?;
     for from in [client, other] {
         for to in [server.at(9000), server.at6(9000)] {
+            // The kernel may still give up a neighbour that it asked for in the dark.
+            let what = format!("{} to be served after it", from.name);
+            wait_fate(&from.netns, to, &what, Heard::answered)?;
             assert_echo(&from.netns, to).with_context(|| format!("{} after it", from.name))?;
         }
     }
