@@ -17,6 +17,7 @@ use nix::{
 };
 use socket2::{Domain, Socket, Type};
 use ztunnel_tests::{
+    access::Line,
     apps::{self, End, Server},
     bulk,
     meshfile::MeshFile,
@@ -360,9 +361,13 @@ fn a_thousand_connections_at_once_all_succeed() -> Result<()> {
     let _echo = Server::start(&server.netns, 9000, apps::echo)?;
     let before = [Before::of(&mesh.a)?, Before::of(&mesh.b)?];
     let mut streams = together(&client.netns, server.at(9000), 1000)?;
-    for stream in &mut streams {
-        assert_alive(stream)?;
-    }
+    let mut check = || streams.iter_mut().try_for_each(assert_alive);
+    check().with_context(|| {
+        let lines = [&mesh.a, &mesh.b].map(|node| node.access_lines());
+        let bad = |line: &&Line| line.get("error").is_some();
+        let bad: Vec<_> = lines.iter().flatten().filter(bad).take(5).collect();
+        format!("{bad:#?}")
+    })?;
     before[0].wait_gain(
         "ztunnel_connections_open",
         &[("direction", "outbound")],
