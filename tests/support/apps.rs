@@ -150,7 +150,7 @@ where
         let (Ok(local), Ok(kept), Ok(())) = (
             stream.local_addr(),
             stream.try_clone(),
-            set_patience(&stream),
+            set_patience(&stream, UNUSED),
         ) else {
             continue;
         };
@@ -272,7 +272,7 @@ impl Reply {
 /// Connects, with deadlines on everything that follows.
 pub fn dial(netns: &Netns, to: SocketAddr) -> Result<TcpStream> {
     let stream = netns.dial(to, PATIENCE)?;
-    set_patience(&stream)?;
+    set_patience(&stream, PATIENCE)?;
     Ok(stream)
 }
 
@@ -432,12 +432,15 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// How long a client or server waits for its peer before it calls the connection dead.
+/// How long a client waits for its peer before it calls the connection dead.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-fn set_patience(stream: &TcpStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))
+/// How long a server keeps a connection that its client does not use: a slow test comes back to it late.
+const UNUSED: Duration = Duration::from_secs(900);
+
+fn set_patience(stream: &TcpStream, patience: Duration) -> io::Result<()> {
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))
 }
 
 fn read_head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
