@@ -10,7 +10,7 @@ use ztunnel_tests::{
     meshfile::MeshFile,
     topology::{Builder, Topology},
     wait,
-    ztunnel::Node,
+    ztunnel::{Node, Settings},
 };
 
 use crate::mesh::{Mesh, PATIENCE, assert_alive, assert_echo};
@@ -35,7 +35,10 @@ fn dump(node: &Node, at: SocketAddr) -> Result<Value> {
 // B084, B118, B120, B121.
 #[test]
 fn the_operators_port_answers_this_host_alone_and_ends_the_process() -> Result<()> {
-    let mut mesh = Mesh::start(pods(), MeshFile::of)?;
+    let topology = pods().build()?;
+    let file = MeshFile::of(&topology);
+    let settings = Settings::of(&topology)?.env("CONNECTION_TERMINATION_DEADLINE", "1h");
+    let mut mesh = Mesh::run(topology, |node| file.for_node(node), |_| settings.clone())?;
     let (client, server) = (mesh.pod("client")?.clone(), mesh.pod("server")?.clone());
     let _app = Server::start(&server.netns, 9000, apps::echo)?;
     let mut stream = apps::dial(&client.netns, server.at(9000))?;

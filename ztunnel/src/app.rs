@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
@@ -464,6 +464,7 @@ impl Shared<'_> {
             },
             levels,
             quit,
+            turn: Arc::new(Semaphore::new(1)),
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::ledger::Known;
-use crate::model::{ClientAddr, Direction, Workload};
+use crate::model::{ClientAddr, Direction, SecurityPolicy, Workload};
 
 /// An open connection that has its labels.
 #[derive(Clone, Debug)]
@@ -59,6 +59,7 @@ impl OpenConnection {
     /// Whether it crosses the network in a tunnel.
     #[must_use]
     pub fn is_tunnelled(&self) -> bool {
-        self.0.learned.hbone_addr.is_some()
+        let learned = &self.0.learned;
+        learned.hbone_addr.is_some() && learned.security == SecurityPolicy::MutualTls
     }
 }

@@ -2,11 +2,13 @@
 //! by its own name, gives answers; never answers on an address of a pod or for a page of somebody
 //! else's.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HOST};
-use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, request};
+use http::header::{CONTENT_TYPE, HOST, ORIGIN};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri, request};
 use http_body_util::Full;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::dump::Sources;
 use super::{Answer, Handler, method_not_allowed, text};
@@ -21,12 +23,14 @@ pub struct Operate {
     pub levels: Levels,
     /// Ends the process.
     pub quit: mpsc::Sender<()>,
+    /// Who may make a dump: it takes memory, and a thread until it is done.
+    pub turn: Arc<Semaphore>,
 }
 
 // PROTOCOL.md#admin
 impl Handler for Operate {
     async fn answer(&self, request: &request::Parts) -> Answer {
-        if !names_this_host(&request.headers) {
+        if !names_this_host(&request.headers) || !comes_from_this_host(&request.headers) {
             let why = "this port answers requests for localhost only\n";
             return text(StatusCode::FORBIDDEN, why.to_owned());
         }
@@ -57,8 +61,15 @@ impl Handler for Operate {
 impl Operate {
     async fn dump(&self) -> Answer {
         let sources = self.sources.clone();
+        // Who goes away meanwhile leaves the dump to its end, and the turn with it.
+        let turn = Arc::clone(&self.turn).acquire_owned().await;
         // A large mesh takes a while, and scrapes and probes share this thread.
-        let dump = tokio::task::spawn_blocking(move || sources.dump()).await;
+        let dump = tokio::task::spawn_blocking(move || {
+            let dump = sources.dump();
+            drop(turn);
+            dump
+        });
+        let dump = dump.await;
         match dump {
             Ok(Ok(json)) => {
                 let mut answer = Response::new(Full::from(json));
@@ -100,17 +111,21 @@ fn names_this_host(headers: &HeaderMap) -> bool {
     let Some(host) = headers.get(HOST) else {
         return true; // HTTP/1.0; no browser
     };
-    let Ok(authority) = host
-        .to_str()
-        .unwrap_or_default()
-        .parse::<http::uri::Authority>()
-    else {
-        return false;
+    let authority = host.to_str().unwrap_or_default().parse();
+    authority.is_ok_and(|authority: http::uri::Authority| is_this_host(authority.host()))
+}
+
+/// Whether no page of another host asks: a browser tells where the page is from that sends a POST.
+fn comes_from_this_host(headers: &HeaderMap) -> bool {
+    let Some(origin) = headers.get(ORIGIN) else {
+        return true;
     };
-    let name = authority
-        .host()
-        .trim_start_matches('[')
-        .trim_end_matches(']');
+    let origin = origin.to_str().unwrap_or_default().parse();
+    origin.is_ok_and(|origin: Uri| origin.host().is_some_and(is_this_host))
+}
+
+fn is_this_host(name: &str) -> bool {
+    let name = name.trim_start_matches('[').trim_end_matches(']');
     let address = name.parse::<std::net::IpAddr>();
     name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
 }

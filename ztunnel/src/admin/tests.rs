@@ -206,6 +206,7 @@ fn operator() -> (Operate, tokio::sync::mpsc::Receiver<()>) {
         },
         levels: crate::logging::Levels::new("info".parse().unwrap()),
         quit,
+        turn: Arc::new(tokio::sync::Semaphore::new(1)),
     };
     (operate, quits)
 }
@@ -245,6 +246,16 @@ async fn the_log_filter_is_shown_changed_reset_and_refused() {
 async fn quitting_wants_a_post_and_what_is_not_built_says_so() {
     let (operate, mut quits) = operator();
     let (addr, _trigger, _server) = start(operate);
+    let page = |origin: &str| format!("POST /quitquitquit HTTP/1.1\r\nOrigin: {origin}\r\n");
+    for origin in [
+        "https://example.com",
+        "null",
+        "http://localhost.example.com:15000",
+    ] {
+        let answer = ask(addr, &page(origin)).await;
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{origin}: {answer}");
+    }
+    assert!(quits.try_recv().is_err(), "a page of somebody else's");
     for (request, status) in [
         ("GET /", 200),
         ("GET /quitquitquit", 405),

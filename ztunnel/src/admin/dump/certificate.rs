@@ -1,6 +1,8 @@
 //! A certificate in the dump. Takes what the store says of an identity, gives what serde writes;
 //! never sees a private key.
 
+use std::time::{Duration, SystemTime};
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use rustls_pki_types::CertificateDer;
@@ -23,11 +25,9 @@ pub(super) struct CertificateView {
 impl CertificateView {
     pub(super) fn of((id, state): &(SpiffeId, CertificateState)) -> Self {
         let (state, chain, roots) = match state {
-            CertificateState::Available(held) => (
-                "Available".to_owned(),
-                held.chain(),
-                held.roots(),
-            ),
+            CertificateState::Available(held) => {
+                ("Available".to_owned(), held.chain(), held.roots())
+            }
             CertificateState::Initializing => ("Initializing".to_owned(), &[][..], &[][..]),
             CertificateState::Unavailable(why) => (format!("Unavailable: {why}"), &[][..], &[][..]),
         };
@@ -55,7 +55,10 @@ impl CertView {
         let (_, parsed) = X509Certificate::from_der(der).ok()?;
         let validity = parsed.validity();
         let time = |time: x509_parser::time::ASN1Time| {
-            humantime::format_rfc3339_seconds(time.to_datetime().into()).to_string()
+            // The formatter knows no time before its epoch.
+            let seconds = time.timestamp().max(0).unsigned_abs();
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+            humantime::format_rfc3339_seconds(time).to_string()
         };
         Some(Self {
             pem: STANDARD.encode(pem(der)),
