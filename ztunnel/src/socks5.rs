@@ -87,24 +87,26 @@ async fn asked(stream: &mut TcpStream, cx: &Context) -> Result<(IpAddr, SocketAd
 /// An address for a name: of the mesh's service, else what the node's resolver says.
 async fn find(name: &Arc<str>, local: &Workload, cx: &Context) -> Result<IpAddr, Failure> {
     let world = cx.view.world();
-    let service = world.snapshot.service_named(name, &local.namespace);
+    // As names are compared; the dot at the end says only that nothing is to be added.
+    let host = name.trim_end_matches('.').to_ascii_lowercase();
+    let service = world.snapshot.service_named(&host, &local.namespace);
     let vip = service.and_then(|service| {
         let here = |vip: &&NetworkAddr| vip.network == local.network;
-        let vips = || service.vips.iter().filter(here).map(|vip| vip.ip);
-        vips().find(IpAddr::is_ipv4).or_else(|| vips().next())
+        let vips = service.vips.iter().filter(here).map(|vip| vip.ip);
+        preferred(&vips.collect::<Vec<_>>(), local)
     });
     drop(world);
     if let Some(vip) = vip {
         return Ok(vip);
     }
     let found = cx.names.look_up(name).await?;
-    let found = found
-        .iter()
-        .find(|ip| ip.is_ipv4())
-        .or_else(|| found.first());
-    found
-        .copied()
-        .ok_or_else(|| Failure::NoAddress(Arc::clone(name)))
+    preferred(&found, local).ok_or_else(|| Failure::NoAddress(Arc::clone(name)))
+}
+
+/// An address of a family that the pod has, IPv4 first; else any.
+fn preferred(ips: &[IpAddr], local: &Workload) -> Option<IpAddr> {
+    let has = |ip: &IpAddr| local.ips.iter().any(|own| own.is_ipv4() == ip.is_ipv4());
+    ips.iter().copied().max_by_key(|ip| (has(ip), ip.is_ipv4()))
 }
 
 /// Reads one message, and not a byte of what follows.

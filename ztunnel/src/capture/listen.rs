@@ -40,7 +40,7 @@ pub(super) fn open(
                         outbound: listen(OUTBOUND, &mut displaced)?,
                         hbone: listen(HBONE, &mut displaced)?,
                         plaintext: listen(PLAINTEXT, &mut displaced)?,
-                        socks5: if socks5 { loopback()? } else { None },
+                        socks5: if socks5 { loopback() } else { None },
                     })
                 })
                 .collect::<Result<Vec<_>, Error>>()
@@ -70,8 +70,9 @@ fn listen(kind: Kind, displaced: &mut bool) -> Result<TcpListener, Error> {
         .map_err(|source| Error::Listen { purpose, source })
 }
 
-/// Applications find it by its port alone: another one would be found by nobody.
-fn loopback() -> Result<Option<TcpListener>, Error> {
+/// Applications find it by its port alone: another one would be found by nobody. A pod in which it
+/// cannot be is enrolled all the same.
+fn loopback() -> Option<TcpListener> {
     let bound = || -> io::Result<TcpListener> {
         let socket = Socket::new(
             Domain::IPV4,
@@ -85,18 +86,14 @@ fn loopback() -> Result<Option<TcpListener>, Error> {
         Ok(socket.into())
     };
     match bound() {
-        Ok(listener) => Ok(Some(listener)),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+        Ok(listener) => Some(listener),
+        Err(error) => {
             tracing::warn!(
-                port = SOCKS5_PORT,
-                "the pod's application has the port of SOCKS5: none is served there"
+                port = SOCKS5_PORT, %error,
+                "no SOCKS5 in this pod: its application has the port, or its loopback is not as usual"
             );
-            Ok(None)
+            None
         }
-        Err(source) => Err(Error::Listen {
-            purpose: "SOCKS5",
-            source,
-        }),
     }
 }
 

@@ -203,6 +203,7 @@ async fn a_name_is_the_pods_view_of_the_mesh_and_else_the_nodes_resolvers() {
         for (name, vips, found) in [
             ("cart.shop", &["fd00::9", "10.96.0.9"][..], "10.96.0.9"),
             ("cart.shop", &["fd00::9"], "fd00::9"),
+            ("Cart.SHOP.", &["10.96.0.9"], "10.96.0.9"),
             ("localhost", &["10.96.0.9"], "127.0.0.1"),
         ] {
             let pod = Pod::new(mesh(vips));
@@ -212,4 +213,15 @@ async fn a_name_is_the_pods_view_of_the_mesh_and_else_the_nodes_resolvers() {
         }
     })
     .await;
+}
+
+#[test]
+fn an_address_of_the_pods_own_family_is_preferred() {
+    let both = ["10.96.0.9", "fd00::9"].map(|ip| ip.parse().unwrap());
+    let local = |ip: &str| workload("cart", ip.parse().unwrap());
+    for (own, found) in [("10.50.0.1", "10.96.0.9"), ("fd00::1", "fd00::9")] {
+        assert_eq!(preferred(&both, &local(own)), Some(found.parse().unwrap()));
+    }
+    assert_eq!(preferred(&both[..1], &local("fd00::1")), Some(both[0]));
+    assert_eq!(preferred(&[], &local("fd00::1")), None);
 }
