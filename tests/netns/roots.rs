@@ -120,6 +120,24 @@ fn a_root_is_replaced_step_by_step_and_nothing_is_cut() -> Result<()> {
             .wait_since(mark, "the refusal", PATIENCE, refused)?;
     }
     assert_new_tunnel(&mesh, client, server).context("after a bad one")?;
+
+    // What is wrong may be mended without another byte.
+    let third = Root::new("third")?;
+    let key = directory.join("root-key.pem");
+    let marks = mesh.marks();
+    replace(&directory, "root-key.pem", &third.key)?;
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644))?;
+    let both = format!("{}\n{}", third.certificate, new.certificate);
+    replace(&directory, "root-cert.pem", &both)?;
+    for (node, mark) in [(&mesh.a, marks.0), (&mesh.b, marks.1)] {
+        let refused = |line: &str| line.contains("chmod 600").then_some(());
+        node.log()
+            .wait_since(mark, "the refusal", PATIENCE, refused)?;
+    }
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600))?;
+    wait_renewed(&mesh.a, marks.0, client).context("the mode is mended")?;
+    wait_renewed(&mesh.b, marks.1, server).context("the mode is mended")?;
+    assert_new_tunnel(&mesh, client, server).context("under the third")?;
     assert_alive(&mut long).context("what was open after a bad one")
 }
 

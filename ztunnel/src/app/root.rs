@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -48,24 +48,33 @@ impl FollowedRoot {
                 files: [mut certificate, mut key],
                 replace,
             } = self;
+            // Why the last pair was refused.
+            let mut refused: Option<String> = None;
             loop {
-                // Whether the one file can be read says nothing about the pair.
+                // Whether the one file can be read says nothing about the pair. What is wrong with it
+                // may go away without a change of its bytes: its mode, its owner, the time.
                 tokio::select! {
                     _ = certificate.changed() => {}
                     _ = key.changed() => {}
+                    () = tokio::time::sleep(AGAIN), if refused.is_some() => {}
                 }
                 let path = directory.clone();
                 let read = move || LocalCa::reopen(&path, clock());
                 match tokio::task::spawn_blocking(read).await {
-                    Ok(Ok(ca)) if ca.is(&replace.borrow()) => {}
+                    Ok(Ok(ca)) if ca.is(&replace.borrow()) => refused = None,
                     Ok(Ok(ca)) => {
+                        refused = None;
                         let roots = ca.roots();
                         replace.send_replace(Arc::new(ca));
                         store.renew_all();
                         info!(roots, "root replaced");
                     }
                     Ok(Err(error)) => {
-                        warn!(error = %Chain(&error), "root refused; the one before stays");
+                        let why = Chain(&error).to_string();
+                        if refused.as_ref() != Some(&why) {
+                            warn!(error = why, "root refused; the one before stays");
+                        }
+                        refused = Some(why);
                     }
                     Err(error) => warn!(%error, "root not read; the one before stays"),
                 }
@@ -73,3 +82,6 @@ impl FollowedRoot {
         }))
     }
 }
+
+/// Between two looks at a pair that was refused.
+const AGAIN: Duration = Duration::from_secs(2);
