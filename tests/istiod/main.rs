@@ -15,6 +15,8 @@ use anyhow::{Context as _, Result, ensure};
 use ztunnel_tests::{
     apps::{self, Heard, Server},
     cluster::Cluster,
+    http,
+    mesh::assert_alive,
     meshfile::MeshFile,
     netns::Netns,
     topology::{Pod, Topology},
@@ -198,6 +200,74 @@ fn a_connection_age_limit_is_not_noticed() -> Result<()> {
             metrics.sum("istio_xds_connection_terminations_total", &[])
         )
     })
+}
+
+// B120: the established tools read the dump.
+#[test]
+fn istioctl_lists_what_a_node_knows() -> Result<()> {
+    let world = World::start()?;
+    let (client, server) = (world.pod("client")?, world.pod("server")?);
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: demo}\n\
+                   spec: {clusterIP: 10.96.7.7, selector: {app: server}, ports: [{port: 80, targetPort: 9000}]}\n";
+    let vip: SocketAddr = ([10, 96, 7, 7], 80).into();
+    world.apply("a service", service, || {
+        answers(&client.netns, vip).then_some(())
+    })?;
+    let allow = "{selector: {matchLabels: {app: server}}, action: ALLOW, \
+                 rules: [{from: [{source: {principals: [cluster.local/ns/demo/sa/client]}}]}]}";
+    let other = &world.pod("other")?.netns;
+    world.apply(
+        "an ALLOW for the client",
+        &policy("only-client", allow),
+        || (!answers(other, server.at(9000))).then_some(()),
+    )?;
+    let mut open = apps::dial(&client.netns, vip)?;
+    assert_alive(&mut open)?;
+    let netns = world.a.netns();
+    let at = SocketAddr::from(([127, 0, 0, 1], 15000));
+    let dump = http::get(netns, at, "/config_dump")?.body;
+    let file = world.topology.directory()?.join("dump.json");
+    std::fs::write(&file, dump)?;
+    let file = file.to_string_lossy();
+    let list = |what: &str| -> Result<String> {
+        let table = world
+            .cluster
+            .istioctl(netns, &["ztunnel-config", what, "--file", &file])?;
+        println!("{table}");
+        Ok(table)
+    };
+    for (what, row) in [
+        ("workloads", &["demo", "client", "a", "None", "HBONE"][..]),
+        ("workloads", &["demo", "server", "b", "None", "HBONE"]),
+        ("services", &["demo", "web", "10.96.7.7", "None", "1/1"]),
+        (
+            "policies",
+            &["demo", "only-client", "Allow", "WorkloadSelector"],
+        ),
+        (
+            "certificates",
+            &[&client.spiffe_id(), "Leaf", "Available", "true"],
+        ),
+        (
+            "certificates",
+            &[&client.spiffe_id(), "Root", "Available", "true"],
+        ),
+        (
+            "connections",
+            &["client", "Outbound", "web.demo.svc.cluster.local", "HBONE"],
+        ),
+    ] {
+        let table = list(what)?;
+        let has = |line: &str| row.iter().all(|part| line.contains(part));
+        ensure!(table.lines().any(has), "{what}: no row with {row:?}");
+    }
+    let all = list("all")?;
+    for part in ["client", "only-client", "Leaf", "Outbound"] {
+        ensure!(all.contains(part), "all: nothing of {part}");
+    }
+    drop(open);
+    Ok(())
 }
 
 const PATIENCE: Duration = Duration::from_secs(60);

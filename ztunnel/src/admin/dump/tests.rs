@@ -210,6 +210,7 @@ fn learned(
     hbone_addr: Option<&str>,
     service: Option<Arc<Service>>,
 ) -> Learned {
+    let security = hbone_addr.map_or(SecurityPolicy::Unknown, |_| SecurityPolicy::MutualTls);
     Learned {
         source,
         source_identity: None,
@@ -218,7 +219,7 @@ fn learned(
         service,
         dst_addr: UpstreamAddr::new(dst_addr.parse().unwrap()),
         hbone_addr: hbone_addr.map(str::to_owned),
-        security: SecurityPolicy::Unknown,
+        security,
     }
 }
 
@@ -260,7 +261,12 @@ fn open_connections_are_listed_under_their_pod_until_they_end() {
         service,
     ));
     let plain = open(Direction::Inbound, "192.0.2.1:6000", "10.50.0.11:80");
-    plain.learn(learned((None, cart), "10.50.0.11:80", None, None));
+    plain.learn(learned((None, cart.clone()), "10.50.0.11:80", None, None));
+    let near = open(Direction::Inbound, "10.50.0.13:7000", "10.50.0.11:80");
+    near.learn(Learned {
+        security: SecurityPolicy::NodeLocal,
+        ..learned((None, cart), "10.50.0.11:80", app, None)
+    });
     assert_eq!(
         dumped(&sources)["workloadState"],
         json!({
@@ -274,6 +280,10 @@ fn open_connections_are_listed_under_their_pod_until_they_end() {
                         },
                         {
                             "src": "192.0.2.1:6000", "originalDst": null,
+                            "actualDst": "10.50.0.11:80", "protocol": "TCP",
+                        },
+                        {
+                            "src": "10.50.0.13:7000", "originalDst": null,
                             "actualDst": "10.50.0.11:80", "protocol": "TCP",
                         },
                     ],
@@ -290,7 +300,7 @@ fn open_connections_are_listed_under_their_pod_until_they_end() {
             },
         })
     );
-    drop((out, inbound, plain));
+    drop((out, inbound, plain, near));
     let connections = &dumped(&sources)["workloadState"]["uid-1"]["connections"];
     assert_eq!(*connections, json!({"inbound": [], "outbound": []}));
 }
