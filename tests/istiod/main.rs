@@ -226,7 +226,10 @@ fn istioctl_lists_what_a_node_knows() -> Result<()> {
     assert_alive(&mut open)?;
     let netns = world.a.netns();
     let at = SocketAddr::from(([127, 0, 0, 1], 15000));
-    let dump = http::get(netns, at, "/config_dump")?.body;
+    let dump = wait::until("the policy on the client's node", PATIENCE, || {
+        let dump = http::get(netns, at, "/config_dump").ok()?.body;
+        dump.contains("only-client").then_some(dump)
+    })?;
     let file = world.topology.directory()?.join("dump.json");
     std::fs::write(&file, dump)?;
     let file = file.to_string_lossy();
