@@ -10,6 +10,7 @@ use ztunnel_tests::{
     meshfile::MeshFile,
     peer::{Client, Identity},
     topology::{LINK, Pod, Topology},
+    wait,
     wire::Sniffer,
     ztunnel::{HBONE, Node, Settings},
 };
@@ -164,6 +165,7 @@ fn assert_new_tunnel(mesh: &Mesh, client: &Pod, server: &Pod) -> Result<()> {
     let sniffer = Sniffer::on(&mesh.net("a")?.netns, LINK)?;
     let began = std::time::Instant::now();
     loop {
+        sniffer.clear()?;
         assert_echo(&client.netns, server.at6(9000))?;
         let seen = sniffer.seen()?;
         if seen.segments_on(HBONE).any(|s| s.syn && !s.ack) {
@@ -173,6 +175,10 @@ fn assert_new_tunnel(mesh: &Mesh, client: &Pod, server: &Pod) -> Result<()> {
             began.elapsed() < PATIENCE,
             "the old tunnel is used for ever"
         );
-        std::thread::sleep(Duration::from_millis(400));
+        wait::until("the old tunnel to be let go", PATIENCE, || {
+            let seen = sniffer.seen().ok()?;
+            let gone = seen.segments_on(HBONE).any(|s| s.fin || s.rst);
+            gone.then_some(())
+        })?;
     }
 }
