@@ -3,7 +3,6 @@
 
 use std::convert::Infallible;
 use std::future::poll_fn;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -134,7 +133,7 @@ pub(super) async fn run<T: AsyncRead + AsyncWrite + Unpin>(
         () = revocation.revoked() => Err(Error::CertRevoked),
         end = exchange(&mut connection, &flush, registered, params) => end,
         () = poll_fn(|cx| keepalive.poll(cx)) => Err(Error::Unanswered(params.ping_timeout)),
-        () = release(tunnel, params, &mut orders) => Ok(()),
+        () = release(registered, params, &mut orders) => Ok(()),
         never = expire(tunnel, valid) => match never {},
     };
     match end {
@@ -191,16 +190,23 @@ async fn expire(tunnel: &Tunnel, valid: Duration) -> Infallible {
 /// Waits until the tunnel has carried nothing for long enough, or carries nothing in a drain.
 /// Connections that were accepted before the drain still open their streams: a place that somebody
 /// holds, even if only to wait, keeps the tunnel.
-async fn release(tunnel: &Rc<Tunnel>, params: &Params, drain: &mut drain::Signal) {
+// PROTOCOL.md#pool
+async fn release(registered: &Registered, params: &Params, drain: &mut drain::Signal) {
+    let tunnel = &registered.tunnel;
     let idle = async {
         loop {
             let Some(since) = tunnel.idle_since() else {
                 tunnel.unused().await;
                 continue;
             };
-            match params.idle_timeout.checked_sub(since.elapsed()) {
+            let unused = since.elapsed();
+            if unused >= SPARE && registered.is_spare(params) {
+                return;
+            }
+            match params.idle_timeout.checked_sub(unused) {
                 None | Some(Duration::ZERO) => return,
-                Some(left) => sleep(left).await,
+                // Which one the next stream would take changes meanwhile.
+                Some(left) => sleep(left.min(SPARE)).await,
             }
         }
     };
@@ -240,6 +246,9 @@ fn ended(error: h2::Error) -> Error {
         None => Error::H2(Arc::new(error)),
     }
 }
+
+/// How long a tunnel is kept unused while there is another that has room: a burst leaves one behind.
+const SPARE: Duration = Duration::from_secs(10);
 
 /// Stands for the peer's limit until its SETTINGS come; no SETTINGS can carry it.
 const UNTOLD: usize = usize::MAX - 1;

@@ -132,15 +132,10 @@ impl<D: Dial> Pool<D> {
             None => groups.entry(target.clone()).or_default(),
         };
         group.tunnels.retain(|tunnel| tunnel.is_usable());
-        let told = group.told.unwrap_or(usize::MAX);
-        let room = |tunnel: &&Rc<Tunnel>| {
-            tunnel.used.get() < tunnel.cap(told).min(self.params.pool_streams)
-        };
-        let window = self.params.connection_window_bytes;
-        let free = |tunnel: &&Rc<Tunnel>| room(tunnel) && !tunnel.load.is_busy(window);
-        let mut found = group.tunnels.iter().find(free);
+        let mut found = group.first_free(&self.params);
         if found.is_none() && group.tunnels.len() >= BUSY_TUNNELS {
-            let roomy = group.tunnels.iter().filter(room);
+            let roomy = group.tunnels.iter();
+            let roomy = roomy.filter(|tunnel| group.has_room(tunnel, &self.params));
             found = roomy.min_by_key(|tunnel| tunnel.load.stalled());
         }
         let tunnel = found.map(Rc::clone).unwrap_or_else(|| {
@@ -202,6 +197,21 @@ struct Group {
     told: Option<usize>,
 }
 
+impl Group {
+    /// Where the next stream goes.
+    fn first_free(&self, params: &Params) -> Option<&Rc<Tunnel>> {
+        let window = params.connection_window_bytes;
+        self.tunnels
+            .iter()
+            .find(|tunnel| self.has_room(tunnel, params) && !tunnel.load.is_busy(window))
+    }
+
+    fn has_room(&self, tunnel: &Tunnel, params: &Params) -> bool {
+        let told = self.told.unwrap_or(usize::MAX);
+        tunnel.used.get() < tunnel.cap(told).min(params.pool_streams)
+    }
+}
+
 /// A tunnel in its pool; dropping this takes it out.
 pub(super) struct Registered {
     shared: Weak<Shared>,
@@ -218,6 +228,17 @@ impl Registered {
             group.told = Some(streams);
         }
         self.tunnel.phase.send_replace(Phase::Settled);
+    }
+
+    /// Whether the next stream goes to another tunnel, so that this one is not needed.
+    pub(super) fn is_spare(&self, params: &Params) -> bool {
+        let Some(shared) = self.shared.upgrade() else {
+            return false;
+        };
+        let groups = shared.groups.borrow();
+        let next = groups.get(&self.target);
+        let next = next.and_then(|group| group.first_free(params));
+        next.is_some_and(|next| next.is_usable() && !Rc::ptr_eq(next, &self.tunnel))
     }
 }
 

@@ -273,6 +273,32 @@ async fn an_idle_tunnel_is_released_and_a_used_one_is_not() {
     .await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn of_the_tunnels_that_a_burst_needed_one_stays() {
+    worker(async {
+        let mut bench = bench(cap(2));
+        let seen = bench.echo_peers(plain, 200);
+        let mut opened = burst(&bench, 7).await;
+        assert_eq!(bench.dials.get(), 4);
+        let kept = opened.split_off(6);
+        drop(opened);
+        tokio::time::sleep(Duration::from_secs(9)).await;
+        assert_eq!(seen.closed.get(), 0, "the next burst may come");
+        // A used one stays, and one that has room.
+        tokio::time::sleep(Duration::from_secs(12)).await;
+        assert_eq!(seen.closed.get(), 2);
+        echoes(kept[0].as_ref().unwrap(), b"still").await.unwrap();
+        drop(kept);
+        tokio::time::sleep(Duration::from_secs(21)).await;
+        assert_eq!(seen.closed.get(), 3);
+        open(&bench).await.unwrap();
+        assert_eq!(bench.dials.get(), 4);
+        tokio::time::sleep(Duration::from_secs(301)).await;
+        assert_eq!(seen.closed.get(), 4, "unused for five minutes");
+    })
+    .await;
+}
+
 /// Behaviour 29.
 #[tokio::test(start_paused = true)]
 async fn a_failed_attempt_fails_all_who_wait_at_once() {
