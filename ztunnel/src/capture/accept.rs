@@ -63,8 +63,8 @@ impl Listener {
         }
     }
 
-    /// A connection that waits to be accepted, if there is one. It asks the kernel, and not what the runtime has heard
-    /// of it: what the runtime has not heard yet would be reset with the listener.
+    /// A connection that waits to be accepted, if there is one. It asks the kernel, and not what the
+    /// runtime has heard of it: what the runtime has not heard yet would be reset with the listener.
     pub fn waiting(&self) -> Option<Captured> {
         loop {
             let (socket, peer) = match SockRef::from(&self.socket).accept() {
