@@ -1,9 +1,12 @@
 //! Ending work in two steps: first nothing new begins, later nothing may go on. Takes the order
 //! from whoever stops a pod or the process, gives signals to wait on; never ends anything itself.
 
+use std::pin::Pin;
+
+use thiserror::Error;
 use tokio::sync::watch;
 
-use crate::model::Reason;
+use crate::model::{Reason, ToReason};
 
 /// How far the end has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,10 +88,41 @@ impl Signal {
         }
     }
 
+    /// Does `work` unless nothing may go on before it is done; then drops it. In a box, so that what
+    /// it needs is given back as soon as it is done. Cancel safe if `work` is.
+    pub fn unless_forced<F, T, E>(
+        &self,
+        work: impl FnOnce() -> F,
+    ) -> Pin<Box<impl Future<Output = Result<T, E>>>>
+    where
+        F: Future<Output = Result<T, E>>,
+        E: From<Forced>,
+    {
+        let mut forced = self.clone();
+        Box::pin(async move {
+            tokio::select! {
+                biased;
+                done = work() => done,
+                reason = forced.forced() => Err(Forced(reason).into()),
+            }
+        })
+    }
+
     /// Whether nothing new may begin.
     #[must_use]
     pub fn is_draining(&self) -> bool {
         *self.0.borrow() != Phase::Running
+    }
+}
+
+/// Nothing may go on, for this reason.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("the pod leaves the mesh, or the process ends")]
+pub struct Forced(pub Reason);
+
+impl ToReason for Forced {
+    fn to_reason(&self) -> Reason {
+        self.0
     }
 }
 
@@ -107,6 +141,18 @@ mod tests {
         trigger.graceful();
         assert_eq!(signal.forced().await, Reason::Drained);
         signal.graceful().await;
+    }
+
+    #[tokio::test]
+    async fn work_goes_on_until_it_is_done_or_forced_to_end() {
+        let (trigger, signal) = channel();
+        let done = signal.unless_forced(|| async { Ok::<_, Forced>(7) });
+        assert_eq!(done.await, Ok(7));
+        trigger.graceful();
+        let mut endless = signal.unless_forced(std::future::pending::<Result<(), Forced>>);
+        assert!(futures_poll(&mut endless).is_none());
+        trigger.force(Reason::PodRemoved);
+        assert_eq!(endless.await, Err(Forced(Reason::PodRemoved)));
     }
 
     #[tokio::test]

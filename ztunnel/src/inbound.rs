@@ -15,6 +15,7 @@ use crate::account::{Learned, Ledger, Opening};
 use crate::authz::Permit;
 use crate::capture::Captured;
 use crate::context::{Context, DialError, NotAdmitted, Place};
+use crate::drain::Forced;
 use crate::model::{
     ClientAddr, Direction, Flow, OrigDst, Reason, SecurityPolicy, SpiffeId, ToReason, UpstreamAddr,
     Workload,
@@ -37,7 +38,7 @@ pub async fn serve(conn: Captured, place: Place, cx: Rc<Context>) {
     let handshake = tokio::select! {
         biased;
         handshake = handshake(stream, &cx) => handshake,
-        reason = forced.forced() => Err(Failure::Forced(reason)),
+        reason = forced.forced() => Err(Forced(reason).into()),
         () = place.given_away() => Err(Failure::CrowdedOut),
     };
     drop(place);
@@ -103,14 +104,9 @@ async fn request_to_end(request: Box<Request>, peer: &Peer, cx: &Context) {
     });
     let mut cut = request.tunnel();
     // Apart, so that what it needs is given back before bytes move.
-    let opening = Box::pin(async {
-        let mut forced = cx.drain.clone();
-        tokio::select! {
-            biased;
-            opened = open(request, connect, peer, cx, &ledger) => opened,
-            reason = forced.forced() => Err(Failure::Forced(reason)),
-        }
-    });
+    let opening = cx
+        .drain
+        .unless_forced(|| open(request, connect, peer, cx, &ledger));
     let end = tokio::select! {
         biased;
         // From its answer on it hears itself when it is told to end, and resets both sides.
@@ -118,10 +114,7 @@ async fn request_to_end(request: Box<Request>, peer: &Peer, cx: &Context) {
         // Dropping the walk resets both sides.
         reason = cut.forced() => Err(Failure::Cut(reason)),
     };
-    match end {
-        Ok(()) => ledger.close(Reason::Complete, None),
-        Err(failure) => ledger.close(failure.to_reason(), Some(&failure)),
-    }
+    ledger.ended(end);
 }
 
 /// Everything up to the answer.
@@ -247,8 +240,8 @@ enum Failure {
     NotAdmitted(#[from] NotAdmitted),
     #[error(transparent)]
     Dial(#[from] DialError),
-    #[error("the pod leaves the mesh, or the process ends")]
-    Forced(Reason),
+    #[error(transparent)]
+    Forced(#[from] Forced),
     #[error(transparent)]
     Identity(#[from] crate::identity::Error),
     #[error("the CONNECT is malformed")]
@@ -270,7 +263,8 @@ impl ToReason for Failure {
             Self::CrowdedOut => Reason::CrowdedOut,
             Self::NotAdmitted(e) => e.to_reason(),
             Self::Dial(e) => e.to_reason(),
-            Self::Cut(reason) | Self::Forced(reason) => *reason,
+            Self::Cut(reason) => *reason,
+            Self::Forced(e) => e.to_reason(),
             Self::Identity(e) => e.to_reason(),
             Self::Malformed(e) => e.to_reason(),
             Self::NoIdentity => Reason::IdentityUnavailable,

@@ -12,6 +12,7 @@ use crate::account::{Learned, Ledger, Opening};
 use crate::authz::Permit;
 use crate::capture::Captured;
 use crate::context::{Context, DialError, NameError, Unserved};
+use crate::drain::Forced;
 use crate::identity;
 use crate::model::{
     ClientAddr, Direction, OrigDst, Reason, SecurityPolicy, SpiffeId, ToReason, Workload,
@@ -33,20 +34,10 @@ pub async fn serve(conn: Box<Captured>, cx: &Context) {
         trace_id: trace.trace_id(),
     });
     // Apart, so that what it needs is given back before bytes move.
-    let opening = Box::pin(async {
-        let mut forced = cx.drain.clone();
-        tokio::select! {
-            biased;
-            opened = open(conn, cx, &ledger, trace) => opened,
-            reason = forced.forced() => Err(Failure::Forced(reason)),
-        }
-    });
+    let opening = cx.drain.unless_forced(|| open(conn, cx, &ledger, trace));
     // From here on it hears itself when it is told to end, and resets both sides.
     let end = async { opening.await?.await }.await;
-    match end {
-        Ok(()) => ledger.close(Reason::Complete, None),
-        Err(failure) => ledger.close(failure.to_reason(), Some(&failure)),
-    }
+    ledger.ended(end);
 }
 
 /// Everything before the first byte.
@@ -308,8 +299,8 @@ impl<'a> Way<'a> {
 enum Failure {
     #[error(transparent)]
     Dial(#[from] DialError),
-    #[error("the pod leaves the mesh, or the process ends")]
-    Forced(Reason),
+    #[error(transparent)]
+    Forced(#[from] Forced),
     #[error("a header of the CONNECT cannot be written")]
     Header(#[from] Malformed),
     #[error("this node has no certificate for the pod")]
@@ -349,7 +340,7 @@ impl ToReason for Failure {
     fn to_reason(&self) -> Reason {
         match self {
             Self::Dial(e) => e.to_reason(),
-            Self::Forced(reason) => *reason,
+            Self::Forced(e) => e.to_reason(),
             Self::Header(e) => e.to_reason(),
             Self::Identity(e) => e.to_reason(),
             Self::NeighbourEnded => Reason::Reset,

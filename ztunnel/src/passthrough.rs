@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::account::{Learned, Ledger, Opening};
 use crate::capture::Captured;
 use crate::context::{Context, DialError, NotAdmitted, Unserved};
+use crate::drain::Forced;
 use crate::model::{
     AppAddr, ClientAddr, Direction, Flow, OrigDst, Reason, SecurityPolicy, ToReason, UpstreamAddr,
     Workload,
@@ -26,20 +27,10 @@ pub async fn serve(conn: Box<Captured>, cx: &Context) {
         trace_id: fastrand::u128(..),
     });
     // Apart, so that what it needs is given back before bytes move.
-    let opening = Box::pin(async {
-        let mut forced = cx.drain.clone();
-        tokio::select! {
-            biased;
-            opened = open(conn, cx, &ledger) => opened,
-            reason = forced.forced() => Err(Failure::Forced(reason)),
-        }
-    });
+    let opening = cx.drain.unless_forced(|| open(conn, cx, &ledger));
     // From here on it hears itself when it is told to end, and resets both sides.
     let end = async { opening.await?.await }.await;
-    match end {
-        Ok(()) => ledger.close(Reason::Complete, None),
-        Err(failure) => ledger.close(failure.to_reason(), Some(&failure)),
-    }
+    ledger.ended(end);
 }
 
 /// Everything before the first byte.
@@ -107,8 +98,8 @@ enum Failure {
     NotAdmitted(#[from] NotAdmitted),
     #[error(transparent)]
     Dial(#[from] DialError),
-    #[error("the pod leaves the mesh, or the process ends")]
-    Forced(Reason),
+    #[error(transparent)]
+    Forced(#[from] Forced),
     #[error("port {0} is one of the node proxy's own")]
     OwnPort(u16),
     #[error(transparent)]
@@ -122,7 +113,7 @@ impl ToReason for Failure {
         match self {
             Self::NotAdmitted(e) => e.to_reason(),
             Self::Dial(e) => e.to_reason(),
-            Self::Forced(reason) => *reason,
+            Self::Forced(e) => e.to_reason(),
             Self::OwnPort(_) => Reason::ForbiddenPort,
             Self::Relay(e) => e.to_reason(),
             Self::UnknownWorkload => Reason::UnknownWorkload,

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use crate::account::Opening;
 use crate::capture::Captured;
 use crate::context::{Context, NameError};
+use crate::drain::Forced;
 use crate::model::{ClientAddr, Direction, NetworkAddr, OrigDst, Reason, ToReason, Workload};
 use crate::outbound;
 use crate::wire::{
@@ -31,7 +32,7 @@ pub async fn serve(mut conn: Captured, cx: &Context) {
         asked = timeout(PATIENCE, asked(&mut conn.stream, cx)) => {
             asked.unwrap_or(Err(Failure::Silent(PATIENCE)))
         }
-        reason = forced.forced() => Err(Failure::Forced(reason)),
+        reason = forced.forced() => Err(Forced(reason).into()),
     };
     match asked {
         Ok((own, destination)) => {
@@ -137,8 +138,8 @@ async fn read<T>(
 /// Why a SOCKS connection did not become one of the pod's.
 #[derive(Debug, Error)]
 enum Failure {
-    #[error("the pod leaves the mesh, or the process ends")]
-    Forced(Reason),
+    #[error(transparent)]
+    Forced(#[from] Forced),
     #[error("speak SOCKS5 with the application")]
     Io(#[from] io::Error),
     #[error(transparent)]
@@ -170,7 +171,7 @@ impl Failure {
 impl ToReason for Failure {
     fn to_reason(&self) -> Reason {
         match self {
-            Self::Forced(reason) => *reason,
+            Self::Forced(e) => e.to_reason(),
             Self::Io(_) => Reason::Reset,
             Self::Name(e) => e.to_reason(),
             Self::NoAddress(_) => Reason::NoEndpoint,

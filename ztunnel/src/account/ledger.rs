@@ -11,8 +11,8 @@ use tracing::Span;
 use super::access_log;
 use super::book::{Book, Traffic};
 use crate::model::{
-    ClientAddr, Direction, Meter, OrigDst, Reason, SecurityPolicy, Service, SpiffeId, UpstreamAddr,
-    Workload,
+    ClientAddr, Direction, Meter, OrigDst, Reason, SecurityPolicy, Service, SpiffeId, ToReason,
+    UpstreamAddr, Workload,
 };
 
 /// What is known when a connection begins.
@@ -152,6 +152,14 @@ impl Ledger {
     /// Somebody could not be reached, and another one is tried.
     pub fn retried(&self) {
         self.retries.set(self.retries.get().saturating_add(1));
+    }
+
+    /// Ends the record with the way the connection ended.
+    pub fn ended<E: ToReason + Error>(self, end: Result<(), E>) {
+        match end {
+            Ok(()) => self.close(Reason::Complete, None),
+            Err(error) => self.close(error.to_reason(), Some(&error)),
+        }
     }
 
     /// Ends the record. The error is shown if the reason is a failure.

@@ -13,6 +13,7 @@ use super::{Failure, Way};
 use crate::account::{Learned, Ledger, Opening};
 use crate::authz::Permit;
 use crate::context::{Context, DialError, NotAdmitted, Unserved};
+use crate::drain::Forced;
 use crate::identity;
 use crate::model::{
     ClientAddr, Direction, Flow, Meter, OrigDst, Reason, SecurityPolicy, SpiffeId, ToReason,
@@ -86,8 +87,8 @@ pub(super) async fn serve(
     let (mut here, mut there) = (way.cx.drain.clone(), near.cx.drain.clone());
     let end = tokio::select! {
         biased;
-        reason = here.forced() => Err(End::Here(Failure::Forced(reason))),
-        reason = there.forced() => Err(End::There(Refusal::Forced(reason), Failure::NeighbourEnded)),
+        reason = here.forced() => Err(End::Here(Forced(reason).into())),
+        reason = there.forced() => Err(End::There(Forced(reason).into(), Failure::NeighbourEnded)),
         end = walk(&way, &near, stream, client, &inbound) => end,
     };
     match end {
@@ -266,8 +267,8 @@ impl Meter for Both<'_> {
 pub(super) enum Refusal {
     #[error(transparent)]
     Dial(#[from] DialError),
-    #[error("the pod leaves the mesh, or the process ends")]
-    Forced(Reason),
+    #[error(transparent)]
+    Forced(#[from] Forced),
     #[error(transparent)]
     Identity(#[from] identity::Error),
     #[error(transparent)]
@@ -282,10 +283,11 @@ impl ToReason for Refusal {
     fn to_reason(&self) -> Reason {
         match self {
             Self::Dial(e) => e.to_reason(),
-            Self::Forced(reason) | Self::Revoked(reason) => *reason,
+            Self::Forced(e) => e.to_reason(),
             Self::Identity(e) => e.to_reason(),
             Self::NotAdmitted(e) => e.to_reason(),
             Self::Resolve(e) => e.to_reason(),
+            Self::Revoked(reason) => *reason,
         }
     }
 }
