@@ -1,11 +1,15 @@
 //! Certificates from the mesh's CA, on its good and its bad days.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use ztunnel_tests::{
     apps::{self, Server},
     control_plane::{Authority, CaManners, ControlPlane},
+    http,
     topology::{Builder, Topology},
 };
 
@@ -122,16 +126,29 @@ fn a_pod_that_the_ca_has_not_seen_yet_is_asked_for_again_soon() -> Result<()> {
 // B054, B055: what is held serves on while the CA is down.
 #[test]
 fn a_ca_that_is_down_does_not_stop_what_has_a_certificate() -> Result<()> {
-    let play = Play::both(pods(), &[("POOL_UNUSED_RELEASE_TIMEOUT", "100ms")], |_| {})?;
-    let (client, server) = (play.pod("client")?, play.pod("server")?);
+    let prepare = |plane: &ControlPlane| plane.certificates_live(Duration::from_secs(60));
+    let play = Play::both(pods(), &[("POOL_UNUSED_RELEASE_TIMEOUT", "100ms")], prepare)?;
+    let (client, server) = (play.pod("client")?.clone(), play.pod("server")?.clone());
     let _app = Server::start(&server.netns, 9000, apps::echo)?;
     assert_echo(&client.netns, server.at(9000))?;
     play.plane
         .ca(CaManners::Refuse(14, "on holiday".to_owned()));
+    let mark = play.a.log().mark();
+    // At half of its life it is renewed, in vain.
+    let line = play.wait_log(mark, &["on holiday"])?;
+    ensure!(line.contains("sa/client"), "it names the identity: {line}");
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(3) {
         assert_echo(&client.netns, server.at(9000))?;
     }
+    let operators = SocketAddr::from(([127, 0, 0, 1], 15000));
+    let dump = http::get(play.a.netns(), operators, "/config_dump")?;
+    let dump: serde_json::Value = serde_json::from_str(&dump.body)?;
+    let certificates = dump["certificates"].as_array().context("certificates")?;
+    let own = |c: &&serde_json::Value| c["identity"] == client.spiffe_id();
+    let own = certificates.iter().find(own).context("no certificate")?;
+    ensure!(own["state"] == "Available", "{own}");
+    ensure!(own["certChain"][0]["serialNumber"].is_string(), "{own}");
     Ok(())
 }
 

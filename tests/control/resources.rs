@@ -143,6 +143,33 @@ fn workloads_and_services_find_each_other_in_any_order() -> Result<()> {
     Ok(())
 }
 
+// B041.
+#[test]
+fn a_workload_on_its_hosts_network_is_found_by_its_service_alone() -> Result<()> {
+    let play = Play::start(pods().pod("host", "b"))?;
+    let (client, host) = (play.pod("client")?, play.pod("host")?);
+    let _app = Server::start(&host.netns, 9000, apps::echo)?;
+    play.plane.service(service("web", VIP));
+    play.plane.workload(Workload {
+        network_mode: 1,
+        tunnel_protocol: 0,
+        ..endpoint(host, "web")
+    });
+    wait_echo(&client.netns, at_vip(), true)?;
+    let at = host.at(9000).to_string();
+    let by_service = play.access(0, &[("dst.addr", &at), ("reason", "complete")])?;
+    ensure!(
+        by_service.get("dst.workload") == Some("host"),
+        "{by_service:?}"
+    );
+    // At its host's address it is nobody: others may be there too.
+    let mark = play.a.log().mark();
+    assert_echo(&client.netns, host.at(9000))?;
+    let by_address = play.access(mark, &[("dst.addr", &at), ("reason", "complete")])?;
+    ensure!(by_address.get("dst.workload").is_none(), "{by_address:?}");
+    Ok(())
+}
+
 // A policy comes after the workload that names it: nothing is let in before, and nothing that it allows is cut.
 #[test]
 fn a_policy_that_comes_after_its_workload_leaves_no_gap() -> Result<()> {
