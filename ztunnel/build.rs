@@ -1,5 +1,6 @@
-//! Puts the eBPF object that `cargo xtask setup` built where the capture room embeds it from, and compiles the control
-//! plane's messages. It never builds the object itself (that takes another compiler), and a missing one is an error.
+//! Puts the eBPF object that `cargo xtask setup` built where the capture room embeds it from, and turns
+//! `proto/` into Rust. It never builds the object itself (that takes another compiler), and a missing
+//! one is an error.
 
 use std::{
     env, fs,
@@ -50,7 +51,7 @@ fn messages() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-const PROTOS: [&str; 4] = ["authorization", "citadel", "discovery", "workload"];
+const PROTOS: [&str; 5] = ["authorization", "citadel", "discovery", "workload", "zds"];
 
 /// OUT_DIR is `<target>[/<triple>]/<profile>/build/<package>-<hash>/out`; the target directory is the
 /// nearest ancestor that cargo has tagged as a cache.

@@ -296,9 +296,9 @@ fn a_bad_setting_is_refused_by_the_name_of_its_variable() -> Result<()> {
 fn settings_that_are_known_and_not_honoured_are_named_at_the_start() -> Result<()> {
     let topology = pods().build()?;
     let good = MeshFile::of(&topology).for_node("a");
-    let settings = Settings::of(&topology)?.env("INPOD_UDS", "/run/agent.sock");
+    let settings = Settings::of(&topology)?.env("PROXY_WORKLOAD_INFO", "demo/a/a");
     let node = Node::start(&topology, "a", &good, settings)?;
-    let named = |line: &str| line.contains("INPOD_UDS").then_some(());
+    let named = |line: &str| line.contains("PROXY_WORKLOAD_INFO").then_some(());
     node.log().wait_for("the ignored variable", PATIENCE, named)
 }
 

@@ -9,6 +9,7 @@
     reason = "real time: nothing here runs on a paused clock"
 )]
 
+mod agent;
 mod crl;
 mod dark;
 mod drain;

@@ -22,6 +22,7 @@
 )]
 
 pub mod access;
+pub mod agent;
 pub mod apps;
 pub mod bulk;
 pub mod certs;

@@ -16,6 +16,7 @@ pub struct MeshFile {
     pods: Vec<Pod>,
     enrolled: BTreeSet<String>,
     speaks_hbone: BTreeSet<String>,
+    unlisted: bool,
     services: Vec<Service>,
     members: BTreeMap<String, Vec<Membership>>,
     attached: BTreeMap<String, Vec<String>>,
@@ -48,6 +49,7 @@ impl MeshFile {
             pods: topology.pods().to_vec(),
             enrolled: topology.pods().iter().map(|pod| pod.name.clone()).collect(),
             speaks_hbone: BTreeSet::new(),
+            unlisted: false,
             services: Vec::new(),
             members: BTreeMap::new(),
             attached: BTreeMap::new(),
@@ -70,6 +72,13 @@ impl MeshFile {
     pub fn with_own_hbone(mut self, pod: &str) -> Self {
         self.enrolled.remove(pod);
         self.speaks_hbone.insert(pod.to_owned());
+        self
+    }
+
+    /// The file lists no pod: a node agent says which are enrolled.
+    #[must_use]
+    pub fn unlisted(mut self) -> Self {
+        self.unlisted = true;
         self
     }
 
@@ -183,7 +192,8 @@ impl MeshFile {
     #[must_use]
     pub fn pods_of(&self, node: &str) -> String {
         let mut text = String::from("pods:\n");
-        let ours = |pod: &&Pod| pod.node == node && self.enrolled.contains(&pod.name);
+        let ours =
+            |pod: &&Pod| !self.unlisted && pod.node == node && self.enrolled.contains(&pod.name);
         if !self.pods.iter().any(|pod| ours(&pod)) {
             text.truncate(text.len() - 1);
             text.push_str(" []\n");

@@ -21,11 +21,13 @@ use crate::account::{self, Accounts};
 use crate::admin::{self, Operate, PodStatus, Readiness, Sources, Stats};
 use crate::authz::{self, plaintext_verdict};
 use crate::capture::{self, Capture, PlaintextVerdict, PodSettings};
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::context;
 use crate::control::{self, Demander, FileSource, PodEntry, World};
 use crate::drain;
-use crate::enrol::{Change, Enrolment, Wanted};
+use crate::enrol::{
+    Agent, Asked, Change, Enrolment, Exclusions, Listed, Listing, Place, Source, Wanted,
+};
 use crate::identity::{self, Ca, RemoteCa, Revocations, Rules, Store, Versions};
 use crate::logging::Levels;
 use crate::mesh::{self, Mesh, Reader, Updates};
@@ -93,11 +95,11 @@ pub fn run(config: &Config, logs: Logs) -> Result<(), Error> {
 
 async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
     let (quit, quits) = mpsc::channel(1);
-    let mut signals = Signals::listen(quits)?;
+    let signals = Signals::listen(quits)?;
     let params = capture_params(config);
     // Before anything is changed, also before a CA is created.
     capture::preflight(&params).map_err(Error::Preflight)?;
-    let (state, mut updates) = Updates::open(config)?;
+    let (state, updates) = Updates::open(config)?;
     let (ca, root) = ca(config)?;
     let (revocations, _lists) = follow_revocations(config.crl_path.as_deref())?;
     let certificates = certificates(config, revocations.clone());
@@ -107,7 +109,7 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
     accounts.register(logs.rows);
     let readiness = Readiness::default();
     let state_ready = readiness.task("state manager");
-    let pods_ready = readiness.task("workload proxy manager");
+    let pods_ready = readiness.task(PODS_TASK);
     if let Some(counts) = updates.counts() {
         accounts.register(stats::control_plane(counts));
     }
@@ -136,38 +138,112 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
     let servers = async { tokio::join!(ports.serve(stats, ready, operate, drain), store.run(&ca)) };
     let enrolment = Enrolment::new(capture);
     accounts.register(stats::enrolment(enrolment.census()));
-    let mut node = Node {
+    let node = Node {
         enrolment,
         store: Arc::clone(&store),
         workers,
         unserved,
-        readiness: readiness.clone(),
+        readiness,
+        pods_ready: Some(pods_ready),
         accounts: accounts.clone(),
         mesh,
         identities: BTreeSet::new(),
         tell_pods,
     };
-    let control = async {
-        // Until the state is complete nothing is served by half of it; who waits is served then.
-        if !node.complete(&mut updates, &mut signals).await {
-            return Ok(());
-        }
-        drop(state_ready);
-        node.begin().await;
-        drop(pods_ready);
-        let outcome = node.control(&mut updates, &mut signals).await;
-        node.drain(config.termination_deadline).await;
-        // Last: who sees readiness gone may rely on the listeners being on their way out.
-        end.graceful();
-        node.end(&mut updates, &mut signals).await;
-        outcome
+    let run = Run {
+        config,
+        node,
+        updates,
+        signals,
+        end,
     };
     tokio::select! {
         _ = servers => {
             error!("the servers for operators ended before the process");
             Ok(())
         }
-        outcome = control => outcome,
+        outcome = run.follow(state_ready) => outcome,
+    }
+}
+
+/// What the control thread goes by.
+struct Run<'a> {
+    config: &'a Config,
+    node: Node,
+    updates: Updates,
+    signals: Signals,
+    end: drain::Trigger,
+}
+
+impl Run<'_> {
+    /// From the first state, of which `state_ready` tells, to the end.
+    async fn follow(mut self, state_ready: admin::Task) -> Result<(), Error> {
+        // Until the state is complete nothing is served by half of it; who waits is served then.
+        if !self.complete().await {
+            return Ok(());
+        }
+        drop(state_ready);
+        match &self.config.enrolment {
+            config::Enrolment::Listed => self.serve(Listing::default()).await,
+            config::Enrolment::Zds(path) => {
+                let agent = Agent::connect(path.clone());
+                self.node.accounts.register(stats::agent(agent.tally()));
+                self.serve(agent).await
+            }
+        }
+    }
+
+    /// Follows updates until the first state is there; false if somebody asked for the end before.
+    async fn complete(&mut self) -> bool {
+        while !self.updates.are_complete() {
+            tokio::select! {
+                () = self.signals.stop() => return false,
+                update = self.updates.next() => self.node.mesh.take(update).await,
+            }
+        }
+        true
+    }
+
+    /// Serves the pods of this source until the end.
+    async fn serve(mut self, mut pods: impl Source) -> Result<(), Error> {
+        pods.listed(listed(self.node.mesh.pods()));
+        self.node.begin(&pods).await;
+        let outcome = self.control(&mut pods).await;
+        // From here nobody is told that a pod is served.
+        drop(pods);
+        self.node.drain(self.config.termination_deadline).await;
+        // Last: who sees readiness gone may rely on the listeners being on their way out.
+        self.end.graceful();
+        self.node.end(&mut self.updates, &mut self.signals).await;
+        outcome
+    }
+
+    /// Follows updates until somebody asks for the end, or the node cannot do its job any more.
+    async fn control(&mut self, pods: &mut impl Source) -> Result<(), Error> {
+        let Self {
+            node,
+            updates,
+            signals,
+            ..
+        } = self;
+        let mut tick = interval(RECONCILE_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sweep = interval(FORGET_EVERY);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = signals.stop() => return Ok(()),
+                number = lost(&node.workers) => {
+                    error!(worker = number, "a worker has ended by itself; ending the process");
+                    return Err(Error::WorkerLost(number));
+                }
+                Some(unserved) = node.unserved.recv() => node.give_up(&unserved, pods).await,
+                update = updates.next() => node.apply(update, pods).await,
+                asked = pods.changed() => node.answer(asked, pods).await,
+                _ = tick.tick() => node.reconcile(pods).await,
+                _ = sweep.tick() => node.forget(),
+            }
+        }
     }
 }
 
@@ -178,6 +254,8 @@ struct Node {
     workers: Vec<Worker>,
     unserved: mpsc::Receiver<Unserved>,
     readiness: Readiness,
+    /// Held while pods are not served that should be.
+    pods_ready: Option<admin::Task>,
     accounts: Accounts,
     mesh: Mesh,
     /// The identities of the pods that should be served.
@@ -186,21 +264,10 @@ struct Node {
 }
 
 impl Node {
-    /// Follows updates until the first state is there; false if a signal asked for the end before.
-    async fn complete(&mut self, updates: &mut Updates, signals: &mut Signals) -> bool {
-        while !updates.are_complete() {
-            tokio::select! {
-                () = signals.stop() => return false,
-                update = updates.next() => self.mesh.take(update).await,
-            }
-        }
-        true
-    }
-
     /// Enrols the first pods.
-    async fn begin(&mut self) {
+    async fn begin(&mut self, pods: &impl Source) {
         let started = Instant::now();
-        self.reconcile().await;
+        self.reconcile(pods).await;
         let world = self.mesh.world();
         info!(
             workloads = world.snapshot.workload_count(),
@@ -214,47 +281,69 @@ impl Node {
         );
     }
 
-    /// Follows updates until a signal asks for the end, or the node cannot do its job any more.
-    async fn control(&mut self, updates: &mut Updates, signals: &mut Signals) -> Result<(), Error> {
-        let mut tick = interval(RECONCILE_EVERY);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sweep = interval(FORGET_EVERY);
-        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                () = signals.stop() => return Ok(()),
-                number = lost(&self.workers) => {
-                    error!(worker = number, "a worker has ended by itself; ending the process");
-                    return Err(Error::WorkerLost(number));
-                }
-                Some(unserved) = self.unserved.recv() => self.give_up(&unserved).await,
-                update = updates.next() => {
-                    let is_file = matches!(update, mesh::Update::File(Ok(_)));
-                    // Workers first: no pod is captured before its world is there, and open connections
-                    // are judged again before the kernel refuses new ones.
-                    self.mesh.take(update).await;
-                    self.reconcile().await;
-                    if is_file {
-                        info!("state applied");
+    async fn apply(&mut self, update: mesh::Update, pods: &mut impl Source) {
+        let is_file = matches!(update, mesh::Update::File(Ok(_)));
+        // Workers first: no pod is captured before its world is there, and open connections are
+        // judged again before the kernel refuses new ones.
+        self.mesh.take(update).await;
+        if is_file {
+            pods.listed(listed(self.mesh.pods()));
+        }
+        self.reconcile(pods).await;
+        if is_file {
+            info!("state applied");
+        }
+    }
+
+    /// Does what the source of pods asks for. What it costs is the pods that it names, and no others.
+    async fn answer(&mut self, asked: Asked, pods: &impl Source) {
+        match asked {
+            Asked::Report => self.report(pods, &pods.pods()),
+            Asked::Enrol(uid, answer) => {
+                let listed = pods.pods();
+                let world = self.mesh.world();
+                if let Some(pod) = listed.iter().find(|pod| pod.uid == uid) {
+                    let wanted = wanted(&world, pod);
+                    for change in self.enrolment.enrol(&wanted) {
+                        self.tell(change).await;
                     }
+                    self.prefetch_one(&world, &wanted);
                 }
-                _ = tick.tick() => self.reconcile().await,
-                _ = sweep.tick() => self.forget(),
+                self.report(pods, &listed);
+                let trouble = self.enrolment.trouble(&uid).map(str::to_owned);
+                answer.tell(trouble.map_or(Ok(()), Err));
+            }
+            Asked::Release(uids, answer) => {
+                self.release(&uids, pods).await;
+                self.report(pods, &pods.pods());
+                answer.tell(Ok(()));
+            }
+            Asked::Settle(uids, answer) => {
+                self.release(&uids, pods).await;
+                self.reconcile(pods).await;
+                answer.tell(Ok(()));
             }
         }
     }
 
-    /// Brings the kernel to the wanted pods and tells the workers the difference.
-    async fn reconcile(&mut self) {
+    async fn release(&mut self, uids: &[PodUid], pods: &impl Source) {
         let world = self.mesh.world();
-        let wanted: Vec<Wanted> = self
-            .mesh
-            .pods()
-            .iter()
-            .map(|pod| wanted(&world, pod))
-            .collect();
+        let listed: Vec<Wanted> = pods.pods().iter().map(|pod| wanted(&world, pod)).collect();
+        for uid in uids {
+            for change in self.enrolment.release(uid, &listed) {
+                self.tell(change).await;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Brings the kernel to the wanted pods and tells the workers the difference.
+    async fn reconcile(&mut self, pods: &impl Source) {
+        let world = self.mesh.world();
+        let listed = pods.pods();
+        let wanted: Vec<Wanted> = listed.iter().map(|pod| wanted(&world, pod)).collect();
         loop {
-            for change in self.enrolment.reconcile(&wanted) {
+            for change in self.enrolment.reconcile(&wanted, pods.unlisted()) {
                 self.tell(change).await;
             }
             if !self.enrolment.is_behind() {
@@ -263,7 +352,7 @@ impl Node {
             // Many pods take a while; probes and scrapes have their turn.
             tokio::task::yield_now().await;
         }
-        self.report();
+        self.report(pods, &listed);
         self.prefetch(&world, &wanted);
     }
 
@@ -280,23 +369,24 @@ impl Node {
     }
 
     /// Has a pod enrolled anew, by the next reconciliation, that a worker cannot serve.
-    async fn give_up(&mut self, unserved: &Unserved) {
+    async fn give_up(&mut self, unserved: &Unserved, pods: &impl Source) {
         if let Some(change) = self.enrolment.give_up(unserved.id, &unserved.error) {
             self.tell(change).await;
-            self.report();
+            self.report(pods, &pods.pods());
         }
     }
 
     /// Says which pods are served.
-    fn report(&self) {
+    fn report(&mut self, pods: &impl Source, listed: &[Listed]) {
+        self.enrolment.set_unclear(pods.unclear());
         self.readiness.troubled(self.enrolment.census().troubled());
-        let status = |entry: &PodEntry| PodStatus {
-            // A file names each namespace once, so a pod's names tell it from others.
-            uid: PodUid(entry.pod.to_string().into()),
-            pod: entry.pod.clone(),
-            up: self.enrolment.is_up(&entry.pod),
+        let up = self.enrolment.up();
+        let status = |listed: &Listed| PodStatus {
+            up: up.contains(&listed.uid),
+            uid: listed.uid.clone(),
+            pod: listed.pod.clone(),
         };
-        let now: Arc<[PodStatus]> = self.mesh.pods().iter().map(status).collect();
+        let now: Arc<[PodStatus]> = listed.iter().map(status).collect();
         self.tell_pods.send_if_modified(|told| {
             let changed = **told != *now;
             if changed {
@@ -304,6 +394,12 @@ impl Node {
             }
             changed
         });
+        // PROTOCOL.md#zds-ready
+        if pods.is_settled(self.enrolment.troubled()) {
+            self.pods_ready = None;
+        } else if self.pods_ready.is_none() {
+            self.pods_ready = Some(self.readiness.task(PODS_TASK));
+        }
     }
 
     async fn tell(&self, change: Change) {
@@ -346,6 +442,15 @@ impl Node {
             self.store.forget(id);
         }
         self.identities = now;
+    }
+
+    /// The same for a pod that has just come.
+    fn prefetch_one(&mut self, world: &World, wanted: &Wanted) {
+        let workload = world.snapshot.pod(&wanted.pod);
+        if let Some(id) = workload.and_then(|workload| workload.identity.clone()) {
+            self.store.prefetch(&id);
+            self.identities.insert(id);
+        }
     }
 
     /// Tells the workers to end.
@@ -408,21 +513,38 @@ fn ca(config: &Config) -> Result<(Ca, Option<FollowedRoot>), identity::Error> {
     Ok((ca, Some(root)))
 }
 
+/// The pods of a state, as a source lists them. A file names each namespace once, so a pod's names
+/// tell it from others.
+fn listed(pods: &[PodEntry]) -> Vec<Listed> {
+    let listed = |entry: &PodEntry| Listed {
+        uid: PodUid(entry.pod.to_string().into()),
+        pod: entry.pod.clone(),
+        place: Place::Path(entry.netns.clone()),
+        exclusions: Exclusions {
+            outbound_cidrs: entry.exclude_outbound_cidrs.clone(),
+            outbound_ports: entry.exclude_outbound_ports.clone(),
+            inbound_ports: entry.exclude_inbound_ports.clone(),
+        },
+    };
+    pods.iter().map(listed).collect()
+}
+
 /// What the kernel has to know of a pod. A pod that the mesh does not know takes no plaintext.
-fn wanted(world: &World, entry: &PodEntry) -> Wanted {
+fn wanted(world: &World, entry: &Listed) -> Wanted {
     let workload = world.snapshot.pod(&entry.pod);
     let plaintext = workload.map_or(PlaintextVerdict::Drop, |workload| {
         verdict(plaintext_verdict(&world.policies, workload))
     });
     Wanted {
+        uid: entry.uid.clone(),
         pod: entry.pod.clone(),
-        netns: entry.netns.clone(),
+        place: entry.place.clone(),
         settings: PodSettings {
             addresses: workload.map(|w| w.ips.clone()).unwrap_or_default(),
             plaintext,
-            excluded_outbound_ports: entry.exclude_outbound_ports.clone(),
-            excluded_outbound_cidrs: entry.exclude_outbound_cidrs.clone(),
-            excluded_inbound_ports: entry.exclude_inbound_ports.clone(),
+            excluded_outbound_ports: entry.exclusions.outbound_ports.clone(),
+            excluded_outbound_cidrs: entry.exclusions.outbound_cidrs.clone(),
+            excluded_inbound_ports: entry.exclusions.inbound_ports.clone(),
         },
     }
 }
@@ -679,6 +801,10 @@ const STATS_PORT: u16 = 15020;
 /// Where readiness is asked for.
 // PROTOCOL.md#ports
 const READINESS_PORT: u16 = 15021;
+
+/// Whether every pod that should be served is.
+// PROTOCOL.md#readiness
+const PODS_TASK: &str = "workload proxy manager";
 
 /// How often the pods' namespaces are looked at when nothing else happens.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);

@@ -63,6 +63,15 @@ pub enum Source {
     Inline(String),
 }
 
+/// Who says which pods are enrolled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Enrolment {
+    /// The state lists them.
+    Listed,
+    /// A node agent, on this socket.
+    Zds(PathBuf),
+}
+
 /// How lines are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -92,6 +101,8 @@ pub struct Config {
     pub xds: Option<XdsParams>,
     /// The CA that certificates come from; none if this process signs them.
     pub ca: Option<rpc::Params>,
+    /// Who says which pods are enrolled.
+    pub enrolment: Enrolment,
     /// The CA's directory.
     pub ca_dir: PathBuf,
     /// The file of revoked certificates, if there is to be one.
@@ -171,8 +182,10 @@ impl Config {
         let flag = |name, default| env.parse(name, default, "true or false");
         let proxy = ProxyConfig::read(&env, Path::new(MESH_FILE))?;
         let xds = control_plane::xds(&env, &proxy)?;
+        let source = source(&env, xds.is_some())?;
         Ok(Self {
-            source: source(&env, xds.is_some())?,
+            enrolment: enrolment(&env, source.as_ref())?,
+            source,
             ca: control_plane::ca(&env, xds.is_some())?,
             xds,
             ca_dir: env.path("CA_DIR", "/var/lib/ztunnel/ca"),
@@ -236,6 +249,10 @@ impl Config {
             "xdsAddress": self.xds.as_ref().map(|xds| xds.rpc.endpoint.to_string()),
             "xdsOnDemand": self.xds.as_ref().is_some_and(|xds| xds.on_demand),
             "caAddress": self.ca.as_ref().map(|ca| ca.endpoint.to_string()),
+            "enrolment": match &self.enrolment {
+                Enrolment::Listed => "file".to_owned(),
+                Enrolment::Zds(path) => format!("zds {}", path.display()),
+            },
             "caDir": self.ca_dir,
             "crlPath": self.crl_path,
             "bpfPinDir": self.bpf_pin_dir,
@@ -421,6 +438,26 @@ fn source(env: &Env, has_xds: bool) -> Result<Option<Source>, Error> {
     }
 }
 
+/// A node agent is asked where its socket is named, and where no file could list pods.
+fn enrolment(env: &Env, source: Option<&Source>) -> Result<Enrolment, Error> {
+    let name = "ENROLMENT";
+    let agent = env.get("INPOD_UDS").filter(|path| !path.is_empty());
+    match env.get(name) {
+        None | Some("") => Ok(match (agent, source) {
+            (Some(path), _) => Enrolment::Zds(path.into()),
+            (None, None) => Enrolment::Zds(INPOD_UDS.into()),
+            (None, Some(_)) => Enrolment::Listed,
+        }),
+        Some("file") if source.is_some() => Ok(Enrolment::Listed),
+        Some(file @ "file") => {
+            let why = "no file lists pods: name one with LOCAL_XDS_PATH, or let a node agent say";
+            Err(refused(name, file, why.into()))
+        }
+        Some("zds") => Ok(Enrolment::Zds(agent.unwrap_or(INPOD_UDS).into())),
+        Some(other) => Err(refused(name, other, "must be file or zds".into())),
+    }
+}
+
 /// The number of data-plane threads.
 // PROTOCOL.md#worker-threads
 fn workers(env: &Env, proxy: &ProxyConfig, cores: usize) -> Result<usize, Error> {
@@ -520,6 +557,10 @@ const MESH_FILE: &str = "./etc/istio/config/mesh";
 /// Where programs and maps are pinned when nothing else is said.
 const BPF_PIN_DIR: &str = "/sys/fs/bpf/ztunnel";
 
+/// Where a node agent listens.
+// PROTOCOL.md#zds
+const INPOD_UDS: &str = "/var/run/ztunnel/ztunnel.sock";
+
 /// The most data-plane threads; the kernel side has as many listener slots a pod.
 pub(crate) const MAX_WORKERS: usize = 64;
 
@@ -536,7 +577,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 49] = [
+const READ: [&str; 51] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
@@ -551,10 +592,12 @@ const READ: [&str; 49] = [
     "CRL_PATH",
     "ENABLE_ORIG_SRC",
     "ENABLE_RESPONSE_BAGGAGE",
+    "ENROLMENT",
     "FAKE_CA",
     "HTTP2_CONNECTION_WINDOW_SIZE",
     "HTTP2_FRAME_SIZE",
     "HTTP2_STREAM_WINDOW_SIZE",
+    "INPOD_UDS",
     "INSTANCE_IP",
     "KEEPALIVE_ENABLED",
     "KEEPALIVE_INTERVAL",
@@ -597,12 +640,11 @@ const READ_BY_PREFIX: [&str; 4] = [
 ];
 
 /// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 14] = [
+const KNOWN_TO_PEER: [&str; 13] = [
     "CLUSTER_DOMAIN",
     "ENABLE_PROXY",
     "INPOD_ENABLED",
     "INPOD_PORT_REUSE",
-    "INPOD_UDS",
     "IPV6_ENABLED",
     "PACKET_MARK",
     "PREFERED_SERVICE_NAMESPACE",
@@ -819,6 +861,14 @@ mod tests {
                 "XDS_HEADER_clusterid",
             ),
             (&[("XDS_ADDRESS", "")], "LOCAL_XDS_PATH"),
+            (
+                &[("XDS_ADDRESS", "a:1"), ("ENROLMENT", "file")],
+                "ENROLMENT",
+            ),
+            (
+                &[("XDS_ADDRESS", "a:1"), ("ENROLMENT", "file")],
+                "LOCAL_XDS_PATH",
+            ),
             (
                 &[("XDS_ADDRESS", "a:1"), ("PROXY_CONFIG", "- x")],
                 "PROXY_CONFIG",

@@ -168,7 +168,7 @@ mod tests {
 
     fn futures_poll<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
-        match std::pin::Pin::new(future).poll(&mut cx) {
+        match Pin::new(future).poll(&mut cx) {
             std::task::Poll::Ready(value) => Some(value),
             std::task::Poll::Pending => None,
         }

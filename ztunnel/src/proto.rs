@@ -1,4 +1,4 @@
-//! The control plane's messages, generated from `proto/*.proto`: bytes to fields and back. Whatever is in a
+//! The messages of the control plane and the node agent, generated from `proto/*.proto`: bytes to fields and back. Whatever is in a
 //! message is unchecked; rooms that take it turn it into values of the model, or refuse it.
 #![expect(
     clippy::large_enum_variant,
@@ -18,6 +18,11 @@ pub mod workload {
 /// Authorization policies.
 pub mod security {
     include!(concat!(env!("OUT_DIR"), "/istio.security.rs"));
+}
+
+/// The node agent's requests and our answers.
+pub mod zds {
+    include!(concat!(env!("OUT_DIR"), "/istio.workload.zds.rs"));
 }
 
 /// Certificate requests.

@@ -9,7 +9,7 @@ use tracing::warn;
 use crate::account::{Family, Kind, Row, Source};
 use crate::capture::{Capture, CountSource};
 use crate::control::{Counts, Ended};
-use crate::enrol::Census;
+use crate::enrol::{Census, Tally};
 
 /// What the kernel programs counted.
 #[must_use]
@@ -21,6 +21,12 @@ pub fn kernel(capture: Capture) -> Box<dyn Source> {
 #[must_use]
 pub fn enrolment(census: Arc<Census>) -> Box<dyn Source> {
     Box::new(Pods(census))
+}
+
+/// How it goes with the node agent.
+#[must_use]
+pub fn agent(tally: Arc<Tally>) -> Box<dyn Source> {
+    Box::new(Agent(tally))
 }
 
 /// What this program is, and of which release of the mesh.
@@ -41,10 +47,12 @@ impl Source for Pods {
         vec![
             Family {
                 name: "ztunnel_enrol_pods",
-                help: "Pods of this node: captured, or wanted and not captured as they should be",
+                help: "Pods of this node: served; captured and not served, so closed; wanted and not as \
+                       they should be",
                 kind: Kind::Gauge,
                 rows: vec![
                     row("enrolled", self.0.enrolled()),
+                    row("closed", self.0.closed()),
                     row("troubled", self.0.troubled()),
                 ],
             },
@@ -78,6 +86,34 @@ impl Source for Pods {
                 "Pods that ceased to be served",
                 Kind::Counter,
                 self.0.stopped(),
+            ),
+        ]
+    }
+}
+
+#[derive(Debug)]
+struct Agent(Arc<Tally>);
+
+impl Source for Agent {
+    fn families(&self) -> Vec<Family> {
+        vec![
+            Family::single(
+                "ztunnel_enrol_agent_connections",
+                "How often the node agent was connected to",
+                Kind::Counter,
+                self.0.connections(),
+            ),
+            Family::single(
+                "ztunnel_enrol_agent_failures",
+                "How often the node agent could not be connected to, or a connection to it ended",
+                Kind::Counter,
+                self.0.failures(),
+            ),
+            Family::single(
+                "ztunnel_enrol_agent_refusals",
+                "How often a request of the node agent was answered with an error",
+                Kind::Counter,
+                self.0.refusals(),
             ),
         ]
     }

@@ -112,6 +112,36 @@ impl Capture {
         PodCapture::enrol(&self.node, netns, settings)
     }
 
+    /// Writes down what a captured pod's node agent calls it, so that a process after this one finds
+    /// it by that; a pod that no agent has has no name.
+    ///
+    /// # Errors
+    /// The pod is not captured, or the name holds a zero byte.
+    pub fn set_name(&self, cookie: NetnsCookie, uid: Option<&str>) -> Result<(), Error> {
+        let pod = self.node.generation.pod(cookie);
+        match uid {
+            Some(uid) => pins::set_uid(&pod, uid.as_ref()),
+            None => pins::remove_uid(&pod),
+        }
+    }
+
+    /// Whether a captured pod is some node agent's.
+    #[must_use]
+    pub fn is_named(&self, cookie: NetnsCookie) -> bool {
+        pins::uid(&self.node.generation.pod(cookie)).is_some()
+    }
+
+    /// The captured pods that a source calls so, enrolled by this process or one before it.
+    ///
+    /// # Errors
+    /// The pins cannot be read.
+    pub fn named(&self, uid: &str) -> Result<Vec<NetnsCookie>, Error> {
+        let mut pods = self.enrolled()?;
+        let generation = &self.node.generation;
+        pods.retain(|cookie| pins::uid(&generation.pod(*cookie)).is_some_and(|is| is == uid));
+        Ok(pods)
+    }
+
     /// Every counter of the kernel side.
     ///
     /// # Errors
@@ -246,6 +276,9 @@ impl Loader {
         pins::create(&dir)?;
         let mut object = self.object(&into.dir, Some(&dir))?;
         PodMaps::open(&dir)?.set_rules(&inbound)?;
+        if let Some(uid) = pins::uid(&was) {
+            pins::set_uid(&dir, &uid)?;
+        }
         let program = sk_lookup(&mut object)?;
         let program = program.fd().map_err(Error::program(program::SK_LOOKUP))?;
         let pin = dir.join(pins::LINK);

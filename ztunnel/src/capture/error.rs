@@ -56,6 +56,8 @@ pub enum Error {
     MapMissing { name: &'static str },
     #[error("create a socket in the pod's network namespace")]
     NetnsCookie(#[source] io::Error),
+    #[error("the descriptor that was passed is not of a network namespace")]
+    NetnsDescriptor(#[source] io::Error),
     #[error("enter the network namespace")]
     NetnsEnter(#[source] io::Error),
     #[error("ask for the programs in the pod's network namespace")]

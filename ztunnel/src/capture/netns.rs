@@ -8,7 +8,9 @@ use std::{
     num::NonZeroU32,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    process, thread,
+    process,
+    sync::Arc,
+    thread,
 };
 
 use nix::{
@@ -22,7 +24,7 @@ use super::{Error, sys};
 /// A network namespace, kept alive by this handle. Its pod is gone when [`Netns::still_at`] says so.
 #[derive(Debug)]
 pub struct Netns {
-    namespace: File,
+    namespace: Arc<File>,
     home: File,
     device: u64,
     inode: u64,
@@ -49,15 +51,27 @@ impl Netns {
             .custom_flags(libc::O_NONBLOCK)
             .open(path)
             .map_err(at_path)?;
-        let found = fstatfs(&namespace).map_err(|error| at_path(error.into()))?;
+        Self::checked(Arc::new(namespace), at_path)
+    }
+
+    /// Shares a descriptor that somebody passed.
+    ///
+    /// # Errors
+    /// It is not of a network namespace, there is no right to enter it, or it is the node's own.
+    pub fn of(descriptor: Arc<File>) -> Result<Self, Error> {
+        Self::checked(descriptor, Error::NetnsDescriptor)
+    }
+
+    fn checked(namespace: Arc<File>, failed: impl Fn(io::Error) -> Error) -> Result<Self, Error> {
+        let found = fstatfs(&*namespace).map_err(|error| failed(error.into()))?;
         if found.filesystem_type() != NSFS_MAGIC {
-            return Err(at_path(io::Error::new(
+            return Err(failed(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "not a namespace",
             )));
         }
         let home = File::open(HOME).map_err(Error::NetnsEnter)?;
-        let metadata = namespace.metadata().map_err(at_path)?;
+        let metadata = namespace.metadata().map_err(&failed)?;
         let (device, inode) = (metadata.dev(), metadata.ino());
         let home_inode = home.metadata().map_err(Error::NetnsEnter)?.ino();
         let mut netns = Self {
@@ -70,7 +84,7 @@ impl Netns {
         // Entering is also the proof that it is a network namespace.
         let socket = netns
             .run(|| Socket::new(Domain::IPV4, Type::DGRAM, None))
-            .map_err(at_path)?
+            .map_err(&failed)?
             .map_err(Error::NetnsCookie)?;
         if inode == home_inode {
             return Err(Error::NetnsOwn);
@@ -130,7 +144,7 @@ impl Netns {
     /// The namespace cannot be entered. If it cannot be left again the process ends: a thread in
     /// the wrong namespace would carry one pod's bytes as another's.
     pub fn run<T>(&self, inside: impl FnOnce() -> T) -> io::Result<T> {
-        setns(&self.namespace, CloneFlags::CLONE_NEWNET)?;
+        setns(&*self.namespace, CloneFlags::CLONE_NEWNET)?;
         let _way_home = WayHome(&self.home);
         Ok(inside())
     }
@@ -144,7 +158,7 @@ impl Netns {
             thread::Builder::new()
                 .name("netns".to_owned())
                 .spawn_scoped(scope, || {
-                    setns(&self.namespace, CloneFlags::CLONE_NEWNET)?;
+                    setns(&*self.namespace, CloneFlags::CLONE_NEWNET)?;
                     Ok(inside())
                 })?
                 .join()
@@ -152,7 +166,7 @@ impl Netns {
         })
     }
 
-    pub(super) const fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &File {
         &self.namespace
     }
 }

@@ -6,6 +6,8 @@
 //! <pin dir>/abi1-gen7/                 the node: maps by name, links connect4, connect6,
 //!                                      setsockopt
 //! <pin dir>/abi1-gen7/pods/<cookie>/   one pod: maps by name, link
+//! <pin dir>/abi1-gen7/pods/<cookie>/uid
+//!                                      a symbolic link to nowhere: what its source calls the pod
 //! <pin dir>/node-<cookie>/             empty: the network namespace of the node that serves it
 //! <pin dir>/tmp-node, pods/tmp-<cookie>/
 //!                                      under construction, or left by a crash
@@ -14,8 +16,12 @@
 //! replace or release what any other left.
 
 use std::{
+    ffi::{OsStr, OsString},
     fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::symlink,
+    },
     path::{Path, PathBuf},
 };
 
@@ -28,6 +34,7 @@ pub(super) const CONNECT6: &str = "connect6";
 pub(super) const SETSOCKOPT: &str = "setsockopt";
 pub(super) const LINK: &str = "link";
 pub(super) const PODS: &str = "pods";
+const UID: &str = "uid";
 
 /// One complete set of pins.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -125,6 +132,29 @@ pub(super) fn remove_owner(pin_dir: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// What the pod was called by whoever had it enrolled.
+pub(super) fn uid(pod: &Path) -> Option<OsString> {
+    fs::read_link(pod.join(UID))
+        .ok()
+        .map(PathBuf::into_os_string)
+}
+
+/// Writes down what the pod is called, in one step.
+pub(super) fn set_uid(pod: &Path, called: &OsStr) -> Result<(), Error> {
+    if uid(pod).as_deref() == Some(called) {
+        return Ok(());
+    }
+    let unfinished = pod.join(format!("{UNFINISHED}{UID}"));
+    remove_file(&unfinished)?;
+    symlink(called, &unfinished).map_err(Error::pin(&unfinished))?;
+    publish(&unfinished, &pod.join(UID))
+}
+
+/// The pod is called nothing.
+pub(super) fn remove_uid(pod: &Path) -> Result<(), Error> {
+    remove_file(&pod.join(UID))
 }
 
 /// Where the node's pins are made before they are published.

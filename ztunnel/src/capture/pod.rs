@@ -1,7 +1,7 @@
 //! One pod's capture: takes its namespace and settings, gives listeners, a dialer and a way to change
 //! the settings. It never captures a connection before somebody can accept it.
 
-use std::{path::Path, sync::Arc, thread, time::Duration};
+use std::{path::Path, sync::Arc};
 
 use aya::programs::loaded_programs;
 use ebpf_abi::InboundRules;
@@ -135,19 +135,16 @@ impl PodCapture {
 
 // PROTOCOL.md#pod-taken
 /// Two node processes in one pod would take turns: the last one attached wins, and a release of either
-/// opens the pod. Programs of others are no matter: ours overrules them.
+/// opens the pod. Programs of others are no matter: ours overrules them. It does not wait: the kernel
+/// detaches a link some time after its last pin went, and whoever is refused for that asks again.
 fn refuse_taken(netns: &Netns, dir: &Path) -> Result<(), Error> {
-    for _ in 0..TRIES {
-        let own = pins::link(&dir.join(pins::LINK))?.and_then(|link| sys::link_program(link).ok());
-        let attached = sys::netns_sk_lookups(netns.file()).map_err(Error::NetnsPrograms)?;
-        let mut others = attached.iter().filter(|id| Some(**id) != own).peekable();
-        if others.peek().is_none() || !others.any(|id| is_ztunnel(*id)) {
-            return Ok(());
-        }
-        // The kernel detaches a link some time after its last pin went.
-        thread::sleep(PAUSE);
+    let own = pins::link(&dir.join(pins::LINK))?.and_then(|link| sys::link_program(link).ok());
+    let attached = sys::netns_sk_lookups(netns.file()).map_err(Error::NetnsPrograms)?;
+    let mut others = attached.into_iter().filter(|id| Some(*id) != own);
+    if others.any(is_ztunnel) {
+        return Err(Error::PodTaken);
     }
-    Err(Error::PodTaken)
+    Ok(())
 }
 
 /// Whether a program that is loaded has the name of ours. A search, for there is no way by number.
@@ -242,7 +239,3 @@ fn undo(node: &Node, state: &mut State, netns: &Netns, turned_on: u32) {
         tracing::warn!(%cookie, %error, "cannot take back a failed enrolment");
     }
 }
-
-/// Together half a second.
-const TRIES: u32 = 20;
-const PAUSE: Duration = Duration::from_millis(25);

@@ -1,21 +1,93 @@
 //! The system calls that aya, nix and socket2 do not have: links by pin, program swap on a live link,
-//! socket tags, netns cookies. It takes descriptors and paths, gives descriptors and numbers; the
+//! socket tags, netns cookies, descriptors that packets carry. It takes descriptors and paths, gives descriptors and numbers; the
 //! only unsafe code of this package.
 #![expect(
     unsafe_code,
-    reason = "bpf(2) and getsockopt(2) read and write through pointers; \
+    reason = "bpf(2), getsockopt(2) and recvmsg(2) read and write through pointers; \
               everything unsafe of the package is in this file"
 )]
 
 use std::{
     ffi::{CString, c_char, c_int, c_long, c_void},
-    io,
+    io, mem,
     os::{
         fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
 };
+
+/// What a packet socket gave.
+#[derive(Debug)]
+pub(super) struct Received {
+    pub(super) bytes: usize,
+    pub(super) descriptors: Vec<OwnedFd>,
+    /// Bytes were cut off.
+    pub(super) truncated: bool,
+    /// Descriptors came that the kernel could not give us, and closed.
+    pub(super) descriptors_lost: bool,
+}
+
+/// Takes a packet from a socket, and takes over every descriptor that came with it; of more than `room`
+/// the kernel closes the rest. It does not wait.
+pub(super) fn receive(socket: impl AsFd, buffer: &mut [u8], room: u32) -> io::Result<Received> {
+    let bytes = room.saturating_mul(DESCRIPTOR_BYTES);
+    // SAFETY: it computes with its argument alone.
+    let bytes = unsafe { libc::CMSG_SPACE(bytes) };
+    let bytes = usize::try_from(bytes).map_err(io::Error::other)?;
+    // Of words, because headers are aligned to them.
+    let mut control = vec![0_u64; bytes.div_ceil(size_of::<u64>())];
+    let mut slice = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: a header of zeroes is one without anything.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = &raw mut slice;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = bytes;
+    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
+    // SAFETY: the buffers behind `message` outlive the call, and are as long as it says.
+    let read = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, flags) };
+    let bytes = usize::try_from(read).map_err(|_negative| io::Error::last_os_error())?;
+    Ok(Received {
+        bytes,
+        descriptors: passed(&message),
+        truncated: message.msg_flags & libc::MSG_TRUNC != 0,
+        descriptors_lost: message.msg_flags & libc::MSG_CTRUNC != 0,
+    })
+}
+
+/// The descriptors of a message that the kernel has just filled in, whatever its flags say.
+fn passed(message: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut descriptors = Vec::new();
+    // SAFETY: the kernel has written whole headers into the buffer, and their length into `message`.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
+    // SAFETY: a header of the buffer, or null.
+    while let Some(found) = unsafe { header.as_ref() } {
+        if (found.cmsg_level, found.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: it computes with its argument alone.
+            let head = unsafe { libc::CMSG_LEN(0) };
+            let head = usize::try_from(head).unwrap_or(usize::MAX);
+            let count = found.cmsg_len.saturating_sub(head) / size_of::<RawFd>();
+            // SAFETY: the data of a header that the kernel has written.
+            let data = unsafe { libc::CMSG_DATA(found) }.cast::<RawFd>();
+            for index in 0..count {
+                // SAFETY: within the length that the header says.
+                let at = unsafe { data.add(index) };
+                // SAFETY: the kernel has written a number there.
+                let number = unsafe { at.read_unaligned() };
+                // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+                // JUSTIFICATION: nix gives no numbers when the kernel says that it dropped some.
+                descriptors.push(unsafe { OwnedFd::from_raw_fd(number) });
+            }
+        }
+        // SAFETY: `found` is a header of the buffer of `message`.
+        header = unsafe { libc::CMSG_NXTHDR(message, found) };
+    }
+    descriptors
+}
 
 /// Opens the object pinned at `path`.
 pub(super) fn object_get(path: &Path) -> io::Result<OwnedFd> {
@@ -279,6 +351,10 @@ const LINK_INFO_BYTES: u32 = 24;
 const COOKIE_BYTES: libc::socklen_t = 8;
 const _: () = assert!(size_of::<LinkInfo>() == 24);
 
+/// The kernel passes no more in one message (`SCM_MAX_FD`).
+pub(super) const MAX_DESCRIPTORS: u32 = 253;
+const DESCRIPTOR_BYTES: u32 = 4;
+const _: () = assert!(size_of::<RawFd>() == 4);
 const BPF_MAP_UPDATE_ELEM: c_int = 2;
 const BPF_OBJ_PIN: c_int = 6;
 const BPF_OBJ_GET: c_int = 7;

@@ -9,6 +9,7 @@ mod malformed;
 mod proxy_v2;
 mod socks5;
 mod traceparent;
+mod zds;
 
 pub use authority::Authority;
 pub use baggage::{Baggage, Owner, OwnerKind};
@@ -20,3 +21,4 @@ pub use socks5::{
     SOCKS_WELCOME, Socks, SocksFault, SocksReply, SocksTarget, socks_greeting, socks_request,
 };
 pub use traceparent::Traceparent;
+pub use zds::{InvalidZds, MAX_ZDS_BYTES, ZdsRequest, zds_ack, zds_hello};
