@@ -1,4 +1,4 @@
-//! The pure rooms by themselves: resolve in a mesh of 100,000 workloads, authorise by 1,000 policies, the CONNECT and its
+//! The pure rooms by themselves: resolve in a mesh of 100,000 workloads and replace one of them, authorise by 1,000 policies, the CONNECT and its
 //! headers, and one connection's record with its access line.
 #![expect(
     clippy::expect_used,
@@ -13,8 +13,11 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use ztunnel::{
     account::{Accounts, Learned, Opening},
     authz::{self, Policies},
-    model::{ClientAddr, Direction, Flow, OrigDst, Reason, SecurityPolicy, SpiffeId, UpstreamAddr},
-    resolve::{self, Query, Snapshot},
+    model::{
+        ClientAddr, Direction, Flow, OrigDst, Reason, SecurityPolicy, SpiffeId, UpstreamAddr,
+        Workload,
+    },
+    resolve::{self, Change, Query, Snapshot},
     wire::{Authority, Baggage, Connect, ConnectRequest, Traceparent},
 };
 
@@ -39,6 +42,20 @@ fn resolve_in_a_large_mesh(criterion: &mut Criterion) {
             bencher.iter(|| resolve::route(black_box(&snapshot), black_box(&query)));
         });
     }
+}
+
+/// What one message of the control plane costs that changes one workload.
+fn replace_one_of_a_large_mesh(criterion: &mut Criterion) {
+    let workloads = mesh::workloads(WORKLOADS);
+    let before = workloads.last().expect("there are workloads");
+    let changed = Arc::new(Workload {
+        node: "elsewhere".into(),
+        ..Workload::clone(before)
+    });
+    let snapshot = Snapshot::new("".into(), workloads, mesh::example(1).services);
+    criterion.bench_function("update/100k/one", |bencher| {
+        bencher.iter(|| black_box(&snapshot).apply([Change::Workload(Arc::clone(&changed))]));
+    });
 }
 
 fn authorise_by_many_policies(criterion: &mut Criterion) {
@@ -135,6 +152,7 @@ const POLICIES: u32 = 1_000;
 criterion_group!(
     rooms,
     resolve_in_a_large_mesh,
+    replace_one_of_a_large_mesh,
     authorise_by_many_policies,
     speak_of_a_connection,
     record_a_connection
