@@ -100,6 +100,7 @@ impl World {
             pin_dir: self.pin_dir.clone(),
             workers,
             socks5: false,
+            mark: None,
         }
     }
 

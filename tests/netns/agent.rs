@@ -27,15 +27,15 @@ use ztunnel_tests::{
 use crate::mesh::{PATIENCE, WATCH, assert_alive, assert_echo, knock, wait_end};
 
 /// A node process and its agent.
-struct Agented {
-    node: Node,
-    agent: Agent,
-    peer: Peer,
+pub(crate) struct Agented {
+    pub(crate) node: Node,
+    pub(crate) agent: Agent,
+    pub(crate) peer: Peer,
 }
 
 impl Agented {
     /// The process, connected to its agent, which has said nothing yet.
-    fn launch(
+    pub(crate) fn launch(
         topology: &Topology,
         node: &str,
         file: &MeshFile,
@@ -71,6 +71,11 @@ impl Agented {
     }
 }
 
+/// Our programs capture.
+fn settings(topology: &Topology) -> Result<Settings> {
+    Ok(Settings::of(topology)?.env("CAPTURE", "ebpf"))
+}
+
 fn pods() -> Builder {
     Topology::builder()
         .pod("client", "a")
@@ -82,19 +87,19 @@ fn pods() -> Builder {
 fn both() -> Result<(Topology, Agented, Agented)> {
     let topology = pods().build()?;
     let file = MeshFile::of(&topology).unlisted();
-    let settings = Settings::of(&topology)?;
+    let settings = settings(&topology)?;
     let a = Agented::start(&topology, "a", &file, settings.clone())?;
     let b = Agented::start(&topology, "b", &file, settings)?;
     Ok((topology, a, b))
 }
 
-fn succeeds(answer: Result<String>) -> Result<()> {
+pub(crate) fn succeeds(answer: Result<String>) -> Result<()> {
     let answer = answer?;
     ensure!(answer.is_empty(), "refused: {answer}");
     Ok(())
 }
 
-fn readiness(node: &Node) -> Result<(u16, String)> {
+pub(crate) fn readiness(node: &Node) -> Result<(u16, String)> {
     let at = SocketAddr::from(([127, 0, 0, 1], 15021));
     let answer = http::get(node.netns(), at, "/healthz/ready")?;
     Ok((answer.status, answer.body))
@@ -106,7 +111,7 @@ fn wait_unready(node: &Node) -> Result<()> {
     })
 }
 
-fn wait_metric(node: &Node, name: &str, value: f64) -> Result<()> {
+pub(crate) fn wait_metric(node: &Node, name: &str, value: f64) -> Result<()> {
     wait::until(&format!("{name} to be {value}"), PATIENCE, || {
         let now = node.metrics().ok()?.sum(name, &[]);
         ((now - value).abs() < 0.5).then_some(())
@@ -118,7 +123,7 @@ fn wait_metric(node: &Node, name: &str, value: f64) -> Result<()> {
 fn an_agents_pods_are_served_from_its_add_to_its_delete() -> Result<()> {
     let topology = pods().build()?;
     let file = MeshFile::of(&topology).unlisted();
-    let settings = Settings::of(&topology)?
+    let settings = settings(&topology)?
         // Longer than anybody waits here: what ends, ends without it.
         .env("CONNECTION_TERMINATION_DEADLINE", "1h");
     let _b = Agented::start(&topology, "b", &file, settings.clone())?;
@@ -383,7 +388,7 @@ fn pods_in_trouble_hold_up_no_answer() -> Result<()> {
         builder = builder.pod(name, "a");
     }
     let topology = builder.pod("own", "b").build()?;
-    let settings = Settings::of(&topology)?;
+    let settings = settings(&topology)?;
     // Another node's process serves them: they are refused, again and again.
     let file = MeshFile::of(&topology);
     let mut a = Node::start(&topology, "a", &file.for_node("a"), settings.clone())?;
@@ -415,7 +420,7 @@ fn an_agent_that_hangs_up_is_asked_after_pauses_that_grow_and_named_once() -> Re
     let topology = Topology::builder().pod("client", "a").build()?;
     let file = MeshFile::of(&topology).unlisted();
     let Agented { node, agent, peer } =
-        Agented::launch(&topology, "a", &file, Settings::of(&topology)?)?;
+        Agented::launch(&topology, "a", &file, settings(&topology)?)?;
     let started = Instant::now();
     drop(peer);
     for _ in 0..4 {
@@ -443,7 +448,7 @@ fn an_agent_that_hangs_up_is_asked_after_pauses_that_grow_and_named_once() -> Re
 fn a_process_without_room_for_a_descriptor_says_so_and_gets_it_later() -> Result<()> {
     let topology = Topology::builder().pod("client", "a").build()?;
     let file = MeshFile::of(&topology).unlisted();
-    let mut a = Agented::launch(&topology, "a", &file, Settings::of(&topology)?)?;
+    let mut a = Agented::launch(&topology, "a", &file, settings(&topology)?)?;
     let client = topology.pod("client")?;
     let pid = a.node.pid().to_string();
     let limit = |limit: &str| output(None, "prlimit", &["--pid", &pid, limit], "");
@@ -517,7 +522,7 @@ fn adds_again_elsewhere_and_of_nothing_and_deletes_of_nobody() -> Result<()> {
 fn a_hundred_adds_at_once_are_each_answered_once_and_in_order() -> Result<()> {
     let topology = pods().build()?;
     let file = MeshFile::of(&topology).unlisted();
-    let mut a = Agented::launch(&topology, "a", &file, Settings::of(&topology)?)?;
+    let mut a = Agented::launch(&topology, "a", &file, settings(&topology)?)?;
     let names: Vec<String> = (0..100)
         .map(|number| format!("{}h{number}", topology.prefix()))
         .collect();
@@ -571,7 +576,7 @@ fn an_agent_killed_in_any_state_is_met_again() -> Result<()> {
     let topology = pods().build()?;
     let (client, server) = (topology.pod("client")?, topology.pod("server")?);
     let file = MeshFile::of(&topology).unlisted();
-    let settings = Settings::of(&topology)?;
+    let settings = settings(&topology)?;
     let _b = Agented::start(&topology, "b", &file, settings.clone())?;
     let _app = Server::start(&server.netns, 9000, apps::echo)?;
     let a = Agented::launch(&topology, "a", &file, settings)?;
@@ -686,7 +691,7 @@ fn a_file_that_does_not_list_an_agents_pod_does_not_let_it_out() -> Result<()> {
         sniffer: &sniffer,
     };
     let file = MeshFile::of(&topology).without("second");
-    let settings = Settings::of(&topology)?;
+    let settings = settings(&topology)?;
     let mut node = Node::start(&topology, "a", &file.for_node("a"), settings)?;
     let said = |line: &str| line.contains("had this pod enrolled").then_some(());
     node.log().wait_for("the pod's name", PATIENCE, said)?;

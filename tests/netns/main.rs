@@ -15,6 +15,7 @@ mod dark;
 mod drain;
 mod enrolment;
 mod exclusions;
+mod external;
 mod faults;
 mod faults_inbound;
 mod faults_network;

@@ -44,6 +44,7 @@ pub mod programs;
 #[path = "../../ztunnel/src/proto.rs"]
 pub mod proto;
 pub mod reaper;
+pub mod rules;
 mod sys;
 pub mod topology;
 pub mod traffic;

@@ -20,8 +20,10 @@ use tracing::{error, info, warn};
 use crate::account::{self, Accounts};
 use crate::admin::{self, Operate, PodStatus, Readiness, Sources, Stats};
 use crate::authz::{self, plaintext_verdict};
-use crate::capture::{self, Capture, PlaintextVerdict, PodSettings};
-use crate::config::{self, Config};
+use crate::capture::{
+    self, Capture, External, ExternalParams, Means, PlaintextVerdict, PodSettings,
+};
+use crate::config::{self, CaptureBy, Config};
 use crate::context;
 use crate::control::{self, Demander, FileSource, PodEntry, World};
 use crate::drain;
@@ -98,7 +100,7 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
     let signals = Signals::listen(quits)?;
     let params = capture_params(config);
     // Before anything is changed, also before a CA is created.
-    capture::preflight(&params).map_err(Error::Preflight)?;
+    preflight(config, &params)?;
     let (state, updates) = Updates::open(config)?;
     let (ca, root) = ca(config)?;
     let (revocations, _lists) = follow_revocations(config.crl_path.as_deref())?;
@@ -116,8 +118,7 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
     accounts.register(stats::build(&config.istio_version));
     let ports = Ports::bind()?;
 
-    let capture = Capture::start(&params)?;
-    accounts.register(stats::kernel(capture.clone()));
+    let means = means(config, &params, &accounts)?;
 
     let (mesh, subscribe) = Mesh::new(Arc::clone(&config.network), state);
     let (tell_pods, pods) = watch::channel(Arc::default());
@@ -136,7 +137,7 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
     let stats = Stats::new(accounts.clone());
     let ready = readiness.clone();
     let servers = async { tokio::join!(ports.serve(stats, ready, operate, drain), store.run(&ca)) };
-    let enrolment = Enrolment::new(capture);
+    let enrolment = Enrolment::new(means);
     accounts.register(stats::enrolment(enrolment.census()));
     let node = Node {
         enrolment,
@@ -164,6 +165,40 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
         }
         outcome = run.follow(state_ready) => outcome,
     }
+}
+
+/// What this machine lacks for capture.
+fn preflight(config: &Config, params: &capture::Params) -> Result<(), Error> {
+    match config.capture {
+        CaptureBy::Ebpf => capture::preflight(params),
+        CaptureBy::External => capture::preflight_external(),
+    }
+    .map_err(Error::Preflight)
+}
+
+/// Who captures.
+fn means(
+    config: &Config,
+    params: &capture::Params,
+    accounts: &Accounts,
+) -> Result<Means, capture::Error> {
+    Ok(match config.capture {
+        CaptureBy::Ebpf => {
+            let capture = Capture::start(params)?;
+            accounts.register(stats::kernel(capture.clone()));
+            Means::Ebpf(capture)
+        }
+        CaptureBy::External => {
+            let external = ExternalParams {
+                workers: params.workers,
+                socks5: params.socks5,
+                mark: params.mark,
+                reuse_port: config.pod_port_reuse,
+                ipv6: config.ipv6,
+            };
+            Means::External(External::start(external, &params.pin_dir)?)
+        }
+    })
 }
 
 /// What the control thread goes by.
@@ -625,6 +660,7 @@ fn capture_params(config: &Config) -> capture::Params {
         pin_dir: config.bpf_pin_dir.clone(),
         workers: config.workers,
         socks5: config.socks5,
+        mark: config.packet_mark,
     }
 }
 

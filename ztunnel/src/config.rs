@@ -72,6 +72,15 @@ pub enum Enrolment {
     Zds(PathBuf),
 }
 
+/// Who brings the pods' connections to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaptureBy {
+    /// This process's eBPF programs.
+    Ebpf,
+    /// Somebody else's rules in the pods.
+    External,
+}
+
 /// How lines are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -103,6 +112,14 @@ pub struct Config {
     pub ca: Option<rpc::Params>,
     /// Who says which pods are enrolled.
     pub enrolment: Enrolment,
+    /// Who brings their connections here.
+    pub capture: CaptureBy,
+    /// The mark of our sockets in pods; none if 0.
+    pub packet_mark: Option<u32>,
+    /// Another process may listen on our ports in pods, as during an upgrade.
+    pub pod_port_reuse: bool,
+    /// Listen on IPv6 too.
+    pub ipv6: bool,
     /// The CA's directory.
     pub ca_dir: PathBuf,
     /// The file of revoked certificates, if there is to be one.
@@ -183,8 +200,14 @@ impl Config {
         let proxy = ProxyConfig::read(&env, Path::new(MESH_FILE))?;
         let xds = control_plane::xds(&env, &proxy)?;
         let source = source(&env, xds.is_some())?;
+        let enrolment = enrolment(&env, source.as_ref())?;
         Ok(Self {
-            enrolment: enrolment(&env, source.as_ref())?,
+            capture: capture_by(&env, &enrolment)?,
+            packet_mark: Some(env.parse("PACKET_MARK", PACKET_MARK, "a number of 32 bits")?)
+                .filter(|mark| *mark != 0),
+            pod_port_reuse: flag("INPOD_PORT_REUSE", true)?,
+            ipv6: flag("IPV6_ENABLED", true)?,
+            enrolment,
             source,
             ca: control_plane::ca(&env, xds.is_some())?,
             xds,
@@ -253,6 +276,13 @@ impl Config {
                 Enrolment::Listed => "file".to_owned(),
                 Enrolment::Zds(path) => format!("zds {}", path.display()),
             },
+            "capture": match self.capture {
+                CaptureBy::Ebpf => "ebpf",
+                CaptureBy::External => "external",
+            },
+            "packetMark": self.packet_mark,
+            "inpodPortReuse": self.pod_port_reuse,
+            "ipv6Enabled": self.ipv6,
             "caDir": self.ca_dir,
             "crlPath": self.crl_path,
             "bpfPinDir": self.bpf_pin_dir,
@@ -458,6 +488,16 @@ fn enrolment(env: &Env, source: Option<&Source>) -> Result<Enrolment, Error> {
     }
 }
 
+/// A node agent's rules redirect to us, unless something else is said.
+fn capture_by(env: &Env, enrolment: &Enrolment) -> Result<CaptureBy, Error> {
+    let name = "CAPTURE";
+    match (env.get(name), enrolment) {
+        (None | Some(""), Enrolment::Listed) | (Some("ebpf"), _) => Ok(CaptureBy::Ebpf),
+        (None | Some(""), Enrolment::Zds(_)) | (Some("external"), _) => Ok(CaptureBy::External),
+        (Some(other), _) => Err(refused(name, other, "must be ebpf or external".into())),
+    }
+}
+
 /// The number of data-plane threads.
 // PROTOCOL.md#worker-threads
 fn workers(env: &Env, proxy: &ProxyConfig, cores: usize) -> Result<usize, Error> {
@@ -561,6 +601,10 @@ const BPF_PIN_DIR: &str = "/sys/fs/bpf/ztunnel";
 // PROTOCOL.md#zds
 const INPOD_UDS: &str = "/var/run/ztunnel/ztunnel.sock";
 
+/// The mark by which a node agent's rules know our sockets.
+// PROTOCOL.md#packet-mark
+const PACKET_MARK: u32 = 1337;
+
 /// The most data-plane threads; the kernel side has as many listener slots a pod.
 pub(crate) const MAX_WORKERS: usize = 64;
 
@@ -577,12 +621,13 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 51] = [
+const READ: [&str; 55] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
     "AUTH_TOKEN",
     "BPF_PIN_DIR",
+    "CAPTURE",
     "CA_ADDRESS",
     "CA_DIR",
     "CA_ROOT_CA",
@@ -597,8 +642,10 @@ const READ: [&str; 51] = [
     "HTTP2_CONNECTION_WINDOW_SIZE",
     "HTTP2_FRAME_SIZE",
     "HTTP2_STREAM_WINDOW_SIZE",
+    "INPOD_PORT_REUSE",
     "INPOD_UDS",
     "INSTANCE_IP",
+    "IPV6_ENABLED",
     "KEEPALIVE_ENABLED",
     "KEEPALIVE_INTERVAL",
     "KEEPALIVE_RETRIES",
@@ -611,6 +658,7 @@ const READ: [&str; 51] = [
     "LOG_FORMAT",
     "NETWORK",
     "NODE_NAME",
+    "PACKET_MARK",
     "POD_NAME",
     "POD_NAMESPACE",
     "POOL_MAX_STREAMS_PER_CONNECTION",
@@ -640,13 +688,10 @@ const READ_BY_PREFIX: [&str; 4] = [
 ];
 
 /// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 13] = [
+const KNOWN_TO_PEER: [&str; 10] = [
     "CLUSTER_DOMAIN",
     "ENABLE_PROXY",
     "INPOD_ENABLED",
-    "INPOD_PORT_REUSE",
-    "IPV6_ENABLED",
-    "PACKET_MARK",
     "PREFERED_SERVICE_NAMESPACE",
     "PROXY_WORKLOAD_INFO",
     "SERVICE_ACCOUNT",
@@ -709,10 +754,48 @@ mod tests {
             ("LOG_FORMAT", "xml"),
             ("PROXY_MODE", "dedicated"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "-1"),
+            ("CAPTURE", "iptables"),
+            ("ENROLMENT", "magic"),
+            ("PACKET_MARK", "0x539"),
         ] {
             let text = config(&[(name, value)]).unwrap_err().to_string();
             assert!(text.contains(name) && text.contains(value), "{text}");
         }
+    }
+
+    #[test]
+    fn an_agent_enrols_and_its_rules_redirect_unless_something_else_is_said() {
+        let agent = || Enrolment::Zds("/a.sock".into());
+        for (vars, enrolment, capture) in [
+            (&[][..], Enrolment::Listed, CaptureBy::Ebpf),
+            (&[("INPOD_UDS", "/a.sock")], agent(), CaptureBy::External),
+            (
+                &[("ENROLMENT", "zds")],
+                Enrolment::Zds("/var/run/ztunnel/ztunnel.sock".into()),
+                CaptureBy::External,
+            ),
+            (
+                &[("INPOD_UDS", "/a.sock"), ("CAPTURE", "ebpf")],
+                agent(),
+                CaptureBy::Ebpf,
+            ),
+            (
+                &[("INPOD_UDS", "/a.sock"), ("ENROLMENT", "file")],
+                Enrolment::Listed,
+                CaptureBy::Ebpf,
+            ),
+            (
+                &[("CAPTURE", "external")],
+                Enrolment::Listed,
+                CaptureBy::External,
+            ),
+        ] {
+            let config = config(vars).unwrap();
+            assert_eq!(config.enrolment, enrolment, "{vars:?}");
+            assert_eq!(config.capture, capture, "{vars:?}");
+            assert_eq!(config.packet_mark, Some(1337));
+        }
+        assert_eq!(config(&[("PACKET_MARK", "0")]).unwrap().packet_mark, None);
     }
 
     #[test]

@@ -51,12 +51,13 @@ async fn open<'a>(
         stream,
         client,
         original: asked,
+        direct,
         ..
     } = *conn;
     let stream = Unserved::new(stream);
     // Capture brings neither: such a connection was made to our listener, or asked for by SOCKS5,
     // and would come back.
-    if asked.ip().is_loopback() || asked.ip().is_unspecified() {
+    if direct || asked.ip().is_loopback() || asked.ip().is_unspecified() {
         return Err(Failure::SelfCall);
     }
     let source = cx.workload().await.ok_or(Failure::UnknownWorkload)?;

@@ -44,6 +44,7 @@ async fn open<'a>(
         client,
         original,
         listener,
+        ..
     } = *conn;
     let stream = Unserved::new(stream);
     let port = original.port();

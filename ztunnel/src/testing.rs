@@ -244,6 +244,7 @@ impl Pod {
             client: ClientAddr::new(near.local_addr().unwrap()),
             stream: far,
             original: OrigDst::new(original),
+            direct: false,
             listener: ListenAddr::new(SocketAddr::new(original.ip(), listener)),
         };
         (near, captured)

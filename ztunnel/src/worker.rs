@@ -18,7 +18,7 @@ use tracing::{debug, error, warn};
 
 use crate::account::Book;
 use crate::authz::Live;
-use crate::capture::{Captured, Dialer, Listener, WorkerListeners};
+use crate::capture::{Arrival, Captured, Dialer, Listener, WorkerListeners};
 use crate::context::{
     Attested, Context, Descriptors, Handshakes, Names, Neighbours, PodDial, Settings, View,
 };
@@ -366,22 +366,27 @@ fn serve(id: PodId, context: &Rc<Context>, listeners: WorkerListeners, by: &Acce
         hbone,
         plaintext,
         socks5,
+        arrival,
     } = listeners;
-    let on = |listener| (id, listener, by.clone());
+    let on = |listener, arrival| (id, (listener, arrival), by.clone());
     spawn_local(accept(
-        on(outbound),
+        on(outbound, arrival),
         Rc::clone(context),
         async |conn, cx| {
             let conn = Box::new(conn);
             spawn_local(async move { outbound::serve(conn, &cx).await });
         },
     ));
-    spawn_local(accept(on(hbone), Rc::clone(context), async |conn, cx| {
-        let place = cx.handshakes.enter().await;
-        spawn_local(inbound::serve(conn, place, cx));
-    }));
     spawn_local(accept(
-        on(plaintext),
+        on(hbone, Arrival::Dialled),
+        Rc::clone(context),
+        async |conn, cx| {
+            let place = cx.handshakes.enter().await;
+            spawn_local(inbound::serve(conn, place, cx));
+        },
+    ));
+    spawn_local(accept(
+        on(plaintext, arrival),
         Rc::clone(context),
         async |conn, cx| {
             let conn = Box::new(conn);
@@ -389,18 +394,22 @@ fn serve(id: PodId, context: &Rc<Context>, listeners: WorkerListeners, by: &Acce
         },
     ));
     if let Some(socks5) = socks5 {
-        spawn_local(accept(on(socks5), Rc::clone(context), async |conn, cx| {
-            spawn_local(async move { socks5::serve(conn, &cx).await });
-        }));
+        spawn_local(accept(
+            on(socks5, Arrival::Dialled),
+            Rc::clone(context),
+            async |conn, cx| {
+                spawn_local(async move { socks5::serve(conn, &cx).await });
+            },
+        ));
     }
 }
 
 async fn accept(
-    (id, listener, by): (PodId, std::net::TcpListener, Accepting),
+    (id, (listener, arrival), by): (PodId, (std::net::TcpListener, Arrival), Accepting),
     context: Rc<Context>,
     serve: impl AsyncFn(Captured, Rc<Context>),
 ) {
-    let listener = match Listener::new(listener) {
+    let listener = match Listener::new(listener, arrival) {
         Ok(listener) => listener,
         Err(error) => {
             // Whoever arrives here would wait for ever: others must know.

@@ -8,7 +8,18 @@ use std::os::fd::{AsFd, BorrowedFd};
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::model::{ClientAddr, ListenAddr, OrigDst};
+use crate::model::{ClientAddr, ListenAddr, OrigDst, canonical};
+
+/// How the destination of an accepted connection is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// Peers dial the listener itself.
+    Dialled,
+    /// Rules of others redirected it to the listener's port; the kernel remembers where it went.
+    Redirected,
+    /// Our programs brought it as it was: its local address is the destination.
+    Steered,
+}
 
 /// An accepted connection.
 #[derive(Debug)]
@@ -17,8 +28,11 @@ pub struct Captured {
     pub stream: TcpStream,
     /// Where it comes from.
     pub client: ClientAddr,
-    /// What was dialled: the kernel programs rewrite nothing, so it is the socket's local address.
+    /// What was dialled.
     pub original: OrigDst,
+    /// It was made to the listener's own port, though rules redirect to it: nobody meant it for
+    /// somewhere else.
+    pub direct: bool,
     /// The listener's own address. A connection whose destination has its port may have been made
     /// to the listener itself.
     pub listener: ListenAddr,
@@ -29,6 +43,7 @@ pub struct Captured {
 pub struct Listener {
     socket: TcpListener,
     own: ListenAddr,
+    arrival: Arrival,
 }
 
 impl Listener {
@@ -36,11 +51,12 @@ impl Listener {
     ///
     /// # Errors
     /// When it has no address, or this runtime cannot wait for it.
-    pub fn new(socket: std::net::TcpListener) -> io::Result<Self> {
+    pub fn new(socket: std::net::TcpListener, arrival: Arrival) -> io::Result<Self> {
         let socket = TcpListener::from_std(socket)?;
         Ok(Self {
             own: ListenAddr::new(socket.local_addr()?),
             socket,
+            arrival,
         })
     }
 
@@ -85,9 +101,17 @@ impl Listener {
     }
 
     fn captured(&self, stream: TcpStream, peer: SocketAddr) -> io::Result<Captured> {
+        let local = canonical(stream.local_addr()?);
+        let to_own_port = local.port() == self.own.port();
+        // Rules of others may be there beside our programs. Only what has our port can come from
+        // them, so nothing else pays for the question.
+        let redirected = (self.arrival != Arrival::Dialled && to_own_port)
+            .then(|| before_redirection(&stream, local))
+            .flatten();
         Ok(Captured {
             client: ClientAddr::new(peer),
-            original: OrigDst::new(stream.local_addr()?),
+            original: OrigDst::new(redirected.unwrap_or(local)),
+            direct: self.arrival == Arrival::Redirected && redirected.is_none() && to_own_port,
             listener: self.own,
             stream,
         })
@@ -98,6 +122,19 @@ impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Where a redirected connection went before, by the kernel's connection tracking; `None` if nobody
+/// redirected it.
+fn before_redirection(stream: &TcpStream, local: SocketAddr) -> Option<SocketAddr> {
+    let socket = SockRef::from(stream);
+    let before = if local.is_ipv4() {
+        socket.original_dst_v4()
+    } else {
+        socket.original_dst_v6()
+    };
+    let before = canonical(before.ok()?.as_socket()?);
+    (before != local).then_some(before)
 }
 
 /// Whether only this connection is lost, and the listener is fine.
@@ -120,7 +157,7 @@ mod tests {
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         socket.set_nonblocking(true).unwrap();
         let at = socket.local_addr().unwrap();
-        let listener = Listener::new(socket).unwrap();
+        let listener = Listener::new(socket, Arrival::Steered).unwrap();
         assert!(listener.waiting().is_none());
         // Nothing is awaited between this and the question.
         let client = std::net::TcpStream::connect(at).unwrap();

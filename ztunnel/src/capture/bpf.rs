@@ -38,6 +38,9 @@ pub struct Params {
     pub workers: usize,
     /// Whether pods find a SOCKS5 proxy on their loopback device.
     pub socks5: bool,
+    /// The mark of our sockets that leave pods, so that rules of others in the pod, such as those of
+    /// istio-cni, let them through. Nothing of ours goes by it.
+    pub mark: Option<u32>,
 }
 
 /// The kernel side of this node process. Dropping it changes nothing: pods stay captured.
@@ -84,6 +87,8 @@ impl Capture {
             generation,
             workers,
             socks5: params.socks5,
+            listeners: params.workers,
+            mark: params.mark,
             ours,
             state: Lock::new(state),
             _claim: claim,
@@ -160,6 +165,9 @@ pub(super) struct Node {
     pub(super) generation: Generation,
     pub(super) workers: u32,
     pub(super) socks5: bool,
+    /// The same number, of sets of listeners.
+    pub(super) listeners: usize,
+    pub(super) mark: Option<u32>,
     pub(super) ours: Arc<OwnedFd>,
     state: Lock,
     _claim: Claim,

@@ -20,7 +20,9 @@ use super::{Netns, netns, route, sys};
 #[derive(Debug)]
 pub struct Dialer {
     netns: Arc<Netns>,
-    ours: Arc<OwnedFd>,
+    exempt: Exempt,
+    /// The mark of our sockets that leave the pod.
+    mark: Option<u32>,
     addresses: Arc<[IpAddr]>,
     v4: RefCell<Stock>,
     v6: RefCell<Stock>,
@@ -39,17 +41,33 @@ impl Clone for Dialer {
     fn clone(&self) -> Self {
         Self::new(
             Arc::clone(&self.netns),
-            Arc::clone(&self.ours),
+            self.exempt.clone(),
+            self.mark,
             Arc::clone(&self.addresses),
         )
     }
 }
 
+/// How capture knows our own sockets.
+#[derive(Clone, Debug)]
+pub(super) enum Exempt {
+    /// Our programs by a tag on the socket, kept in this map.
+    ByTag(Arc<OwnedFd>),
+    /// Rules of others by the mark.
+    ByMark,
+}
+
 impl Dialer {
-    pub(super) fn new(netns: Arc<Netns>, ours: Arc<OwnedFd>, addresses: Arc<[IpAddr]>) -> Self {
+    pub(super) fn new(
+        netns: Arc<Netns>,
+        exempt: Exempt,
+        mark: Option<u32>,
+        addresses: Arc<[IpAddr]>,
+    ) -> Self {
         Self {
             netns,
-            ours,
+            exempt,
+            mark,
             addresses,
             v4: RefCell::default(),
             v6: RefCell::default(),
@@ -62,7 +80,9 @@ impl Dialer {
     /// # Errors
     /// The namespace cannot be entered, or the kernel refuses a socket.
     pub fn upstream_socket(&self, destination: IpAddr) -> io::Result<Socket> {
-        self.socket(destination.to_canonical())
+        let socket = self.socket(destination.to_canonical())?;
+        self.mark(&socket)?;
+        Ok(socket)
     }
 
     /// A socket for a connection to the pod's application at `app`. The application sees `client` as
@@ -74,7 +94,7 @@ impl Dialer {
     /// The namespace cannot be entered, or the kernel refuses the socket.
     pub fn app_socket(&self, client: Option<IpAddr>, app: IpAddr) -> io::Result<Socket> {
         let app = app.to_canonical();
-        let socket = self.socket(app)?;
+        let socket = self.inner_socket(app)?;
         let Some(client) = client.map(|client| client.to_canonical()) else {
             return Ok(socket);
         };
@@ -85,27 +105,44 @@ impl Dialer {
         if inside || client.is_ipv4() != app.is_ipv4() {
             return Ok(socket);
         }
-        match Self::stand_in(&socket, client) {
+        match self.stand_in(&socket, client) {
             Ok(()) => Ok(socket),
             Err(error) => {
                 tracing::debug!(%client, %app, %error, "the application sees the pod, not its client");
                 // What was set on the first one must not stay.
-                self.socket(app)
+                self.inner_socket(app)
             }
         }
     }
 
+    /// A socket for a connection to the pod's application, as the pod itself.
+    fn inner_socket(&self, app: IpAddr) -> io::Result<Socket> {
+        let socket = self.socket(app)?;
+        match self.exempt {
+            Exempt::ByMark => self.mark(&socket)?,
+            Exempt::ByTag(_) => {}
+        }
+        Ok(socket)
+    }
+
     /// Makes a socket connect from the client's address.
-    fn stand_in(socket: &Socket, client: IpAddr) -> io::Result<()> {
+    fn stand_in(&self, socket: &Socket, client: IpAddr) -> io::Result<()> {
         if client.is_ipv4() {
             socket.set_ip_transparent_v4(true)?;
         } else {
             socket.set_ip_transparent_v6(true)?;
         }
-        // The application's answers carry the mark of our SYN, and so come back to us over `lo`.
-        socket.set_mark(route::REPLY_MARK)?;
-        // Without it the kernel side sees the device of the address, and would capture us.
-        socket.bind_device_by_index_v4(Some(netns::LOOPBACK))?;
+        match self.exempt {
+            Exempt::ByTag(_) => {
+                // The application's answers carry the mark of our SYN, and so come back to us over
+                // `lo`.
+                socket.set_mark(route::REPLY_MARK)?;
+                // Without it the kernel side sees the device of the address, and would capture us.
+                socket.bind_device_by_index_v4(Some(netns::LOOPBACK))?;
+            }
+            // The rules remember our mark with the connection, and bring the answers back by it.
+            Exempt::ByMark => {}
+        }
         // connect(2) needs the port unique per destination only, bind(2) would need it free.
         setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
         socket.bind(&SocketAddr::new(client, 0).into())
@@ -122,8 +159,16 @@ impl Dialer {
             Some(socket) => socket,
             None => self.netns.run(|| stock.visit(domain))??,
         };
-        sys::socket_tag(&self.ours, &socket)?;
+        match &self.exempt {
+            Exempt::ByTag(ours) => sys::socket_tag(ours, &socket)?,
+            Exempt::ByMark => {}
+        }
         Ok(socket)
+    }
+
+    // PROTOCOL.md#packet-mark
+    fn mark(&self, socket: &Socket) -> io::Result<()> {
+        self.mark.map_or(Ok(()), |mark| socket.set_mark(mark))
     }
 }
 

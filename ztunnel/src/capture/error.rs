@@ -72,6 +72,11 @@ pub enum Error {
     Pin { path: PathBuf, source: io::Error },
     #[error("{path} is not in a bpf file system, so nothing of ours is pinned there")]
     PinsElsewhere { path: PathBuf },
+    #[error(
+        "{pods} pods are captured by eBPF, their pins are in {path}; release them (ztunnel release), or \
+         set CAPTURE=ebpf"
+    )]
+    PinsHoldPods { path: PathBuf, pods: usize },
     #[error("a node process serves the pins in {path}; stop it first")]
     PinsServed { path: PathBuf },
     #[error(

@@ -9,7 +9,8 @@ use ebpf_abi::InboundRules;
 use super::{
     Dialer, Error, Netns, NetnsCookie, PodSettings, WorkerListeners,
     bpf::{self, Node, State},
-    listen,
+    dial::Exempt,
+    listen::{self, Listening},
     maps::{POD_MAPS, PodMaps},
     pins, route, sys,
     watch::Watch,
@@ -40,7 +41,8 @@ impl PodCapture {
         let watch = Watch::open(netns)?;
         let turned_on = route::install(netns)?.turned_on;
         watch.forget();
-        let (listeners, ports_displaced) = listen::open(netns, node.workers, node.socks5)?;
+        let (listeners, ports_displaced) =
+            listen::open(netns, node.listeners, node.socks5, Listening::Steered)?;
         let base = InboundRules {
             workers: node.workers,
             sysctls_turned_on: turned_on,
@@ -124,11 +126,11 @@ impl PodCapture {
 
     /// Makes sockets in the pod, which has these settings.
     pub fn dialer(&self, settings: &PodSettings) -> Dialer {
-        let addresses = settings.addresses.iter();
         Dialer::new(
             Arc::clone(&self.netns),
-            Arc::clone(&self.node.ours),
-            addresses.map(|address| address.to_canonical()).collect(),
+            Exempt::ByTag(Arc::clone(&self.node.ours)),
+            self.node.mark,
+            settings.own_addresses(),
         )
     }
 }

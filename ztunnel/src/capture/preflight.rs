@@ -45,6 +45,25 @@ pub fn preflight(params: &Params) -> Result<(), Vec<Error>> {
     }
 }
 
+/// The same for capture by somebody else, which needs less.
+///
+/// # Errors
+/// All problems found, each with its remedy.
+pub fn preflight_external() -> Result<(), Vec<Error>> {
+    let status = fs::read_to_string(STATUS).map_err(|source| {
+        vec![Error::Read {
+            path: STATUS.into(),
+            source,
+        }]
+    })?;
+    let problems = missing_capabilities(&status);
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(problems)
+    }
+}
+
 /// The root of the cgroup2 hierarchy, wherever it is mounted: on hybrid hosts beside cgroup v1.
 pub(super) fn cgroup_root() -> Result<PathBuf, Error> {
     let mounts = fs::read_to_string(MOUNTS).map_err(|source| Error::Read {

@@ -2,6 +2,7 @@
 //! kernel side. It never silently shortens a list.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ebpf_abi::{
     Address, CIDR_COOKIE_BITS, CidrKey, InboundRules, MAX_ADDRESSES, MAX_PORTS, OutboundRules,
@@ -39,6 +40,14 @@ pub enum PlaintextVerdict {
 }
 
 impl PodSettings {
+    /// The pod's own addresses in canonical form.
+    pub(super) fn own_addresses(&self) -> Arc<[IpAddr]> {
+        self.addresses
+            .iter()
+            .map(|address| address.to_canonical())
+            .collect()
+    }
+
     pub(super) fn outbound(&self) -> Result<OutboundRules, Error> {
         Ok(OutboundRules {
             addresses: self.address_slots()?,

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::capture::{
-    self, Capture, Dialer, Netns, NetnsCookie, PodCapture, PodSettings, WorkerListeners,
+    self, Dialer, Means, Netns, NetnsCookie, PodMeans, PodSettings, WorkerListeners,
 };
 use crate::model::{PodRef, PodUid};
 use retries::{Attempt, Retries};
@@ -45,6 +45,10 @@ pub struct PodId(u64);
 
 /// A difference.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "on its way from the kernel's side to the workers, one at a time"
+)]
 pub enum Change {
     /// The pod is captured; its listeners want to be served.
     Up {
@@ -74,7 +78,7 @@ struct Enrolled {
     id: PodId,
     wanted: Wanted,
     netns: Arc<Netns>,
-    capture: PodCapture,
+    capture: PodMeans,
 }
 
 /// How the pods of this node are, for whoever asks at any time.
@@ -140,7 +144,7 @@ type Found<'w> = BTreeMap<NetnsCookie, (&'w Wanted, Arc<Netns>)>;
 
 /// The pods of this node, as they are and as they should be.
 pub struct Enrolment {
-    capture: Capture,
+    capture: Means,
     enrolled: BTreeMap<NetnsCookie, Enrolled>,
     troubled: BTreeMap<PodUid, String>,
     /// Pods of which their source has said too little.
@@ -167,7 +171,7 @@ impl std::fmt::Debug for Enrolment {
 impl Enrolment {
     /// Takes the node's capture; nothing is enrolled by this process yet.
     #[must_use]
-    pub fn new(capture: Capture) -> Self {
+    pub fn new(capture: Means) -> Self {
         Self {
             capture,
             enrolled: BTreeMap::new(),
@@ -413,7 +417,7 @@ impl Enrolment {
 
     /// The kernel's side.
     #[must_use]
-    pub fn capture(&self) -> &Capture {
+    pub fn capture(&self) -> &Means {
         &self.capture
     }
 

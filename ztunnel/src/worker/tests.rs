@@ -30,7 +30,12 @@ async fn a_listener_that_cannot_be_served_is_told_and_not_left_alone() {
         let listener = std::net::TcpListener::from(OwnedFd::from(file.unwrap()));
         let id = PodId::default();
         let serve = async |_, _| panic!("nothing can arrive");
-        accept((id, listener, accepting), Rc::clone(&pod.cx), serve).await;
+        accept(
+            (id, (listener, Arrival::Steered), accepting),
+            Rc::clone(&pod.cx),
+            serve,
+        )
+        .await;
         let unserved = told.recv().await.unwrap();
         assert_eq!(unserved.id, id);
         assert_eq!(unserved.error.raw_os_error(), Some(libc::EPERM));
