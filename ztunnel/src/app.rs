@@ -116,7 +116,7 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
         accounts.register(stats::control_plane(counts));
     }
     accounts.register(stats::build(&config.istio_version));
-    let ports = Ports::bind()?;
+    let ports = Ports::bind(config)?;
 
     let means = means(config, &params, &accounts)?;
 
@@ -644,6 +644,7 @@ fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Er
                     time: k.time,
                     interval: k.interval,
                     retries: k.retries,
+                    user_timeout: k.user_timeout,
                 }),
             },
             world: shared.world.clone(),
@@ -783,12 +784,13 @@ struct Ports {
 }
 
 impl Ports {
-    fn bind() -> Result<Self, admin::Error> {
+    fn bind(config: &Config) -> Result<Self, admin::Error> {
+        let admin = config.admin_port;
         Ok(Self {
-            stats: admin::Server::bind(any(STATS_PORT))?,
+            stats: admin::Server::bind(any(config.stats_port))?,
             readiness: admin::Server::bind(any(READINESS_PORT))?,
-            operate: admin::Server::bind((Ipv4Addr::LOCALHOST, OPERATE_PORT).into())?,
-            operate6: admin::Server::bind((Ipv6Addr::LOCALHOST, OPERATE_PORT).into())
+            operate: admin::Server::bind((Ipv4Addr::LOCALHOST, admin).into())?,
+            operate6: admin::Server::bind((Ipv6Addr::LOCALHOST, admin).into())
                 .inspect_err(|error| info!(error = %Chain(error), "operators ask by IPv4 only"))
                 .ok(),
         })
@@ -825,14 +827,6 @@ fn any(port: u16) -> SocketAddr {
     };
     SocketAddr::new(ip, port)
 }
-
-/// Where operators ask.
-// PROTOCOL.md#admin
-const OPERATE_PORT: u16 = 15000;
-
-/// Where metrics are read.
-// PROTOCOL.md#ports
-const STATS_PORT: u16 = 15020;
 
 /// Where readiness is asked for.
 // PROTOCOL.md#ports

@@ -99,6 +99,8 @@ pub struct Keepalive {
     pub interval: Duration,
     /// Unanswered probes before the connection is dead.
     pub retries: u32,
+    /// Data that is not acknowledged for as long ends the connection too.
+    pub user_timeout: bool,
 }
 
 /// All settings.
@@ -165,14 +167,18 @@ pub struct Config {
     pub connection_window_bytes: u32,
     /// HTTP/2 largest frame, bytes.
     pub frame_bytes: u32,
+    /// Where operators ask.
+    pub admin_port: u16,
+    /// Where metrics are read.
+    pub stats_port: u16,
     /// `RUST_LOG`.
     pub log_filter: String,
     /// How lines are written.
     pub log_format: LogFormat,
     /// The tag of the build metric.
     pub istio_version: String,
-    /// Set variables that the established proxy knows and this one does not honour.
-    pub ignored: Vec<String>,
+    /// Set variables that the established proxy knows and this one does not honour, and why.
+    pub ignored: Vec<(String, &'static str)>,
     /// Set variables that are not used because of what they hold.
     pub unusable: Vec<String>,
 }
@@ -197,6 +203,7 @@ impl Config {
     ) -> Result<Self, Error> {
         let env = Env::new(vars)?;
         let flag = |name, default| env.parse(name, default, "true or false");
+        refuse(&env)?;
         let proxy = ProxyConfig::read(&env, Path::new(MESH_FILE))?;
         let xds = control_plane::xds(&env, &proxy)?;
         let source = source(&env, xds.is_some())?;
@@ -240,6 +247,8 @@ impl Config {
                 WINDOW_BYTES,
             )?,
             frame_bytes: env.within("HTTP2_FRAME_SIZE", 1 << 20, FRAME_BYTES)?,
+            admin_port: proxy.proxy_admin_port.unwrap_or(ADMIN_PORT),
+            stats_port: proxy.stats_port.unwrap_or(STATS_PORT),
             log_filter: env.text("RUST_LOG").to_owned(),
             log_format: log_format(&env)?,
             istio_version: env
@@ -303,6 +312,8 @@ impl Config {
             "windowSize": self.stream_window_bytes,
             "connectionWindowSize": self.connection_window_bytes,
             "frameSize": self.frame_bytes,
+            "adminPort": self.admin_port,
+            "statsPort": self.stats_port,
             "logFilter": self.log_filter,
         })
     }
@@ -333,7 +344,7 @@ impl Env {
             let Ok(name) = name.into_string() else {
                 continue;
             };
-            if !is_read(&name) && !KNOWN_TO_PEER.contains(&name.as_str()) {
+            if !is_read(&name) && known_to_peer(&name).is_none() {
                 continue;
             }
             let Ok(value) = value.into_string() else {
@@ -423,11 +434,14 @@ impl Env {
         self.unusable.borrow_mut().push(name);
     }
 
-    fn ignored(&self) -> Vec<String> {
+    fn ignored(&self) -> Vec<(String, &'static str)> {
         self.vars
-            .keys()
-            .filter(|name| !is_read(name))
-            .cloned()
+            .iter()
+            // Switched off, it is as it should be.
+            .filter(|(name, value)| {
+                name.as_str() != DNS_CAPTURE || value.eq_ignore_ascii_case("true")
+            })
+            .filter_map(|(name, _)| Some((name.clone(), known_to_peer(name)?)))
             .collect()
     }
 }
@@ -438,6 +452,17 @@ fn refused(name: &'static str, value: &str, why: String) -> Error {
         value: value.to_owned(),
         why,
     }
+}
+
+/// What would be dangerous to pass over.
+fn refuse(env: &Env) -> Result<(), Error> {
+    let name = "ENABLE_PROXY";
+    let value = env.text(name);
+    if value.eq_ignore_ascii_case("false") {
+        let why = "this process is the proxy; to have none, do not start it";
+        return Err(refused(name, value, why.into()));
+    }
+    Ok(())
 }
 
 /// The lifetime of a workload certificate: long enough to be used before it is renewed.
@@ -559,6 +584,7 @@ fn keepalive(env: &Env) -> Result<Option<Keepalive>, Error> {
         time: env.duration("KEEPALIVE_TIME", Duration::from_mins(3))?,
         interval: env.duration("KEEPALIVE_INTERVAL", Duration::from_mins(3))?,
         retries: env.at_least_one("KEEPALIVE_RETRIES", 9)?,
+        user_timeout: env.parse("USER_TIMEOUT_ENABLED", false, "true or false")?,
     };
     let enabled = env.parse("KEEPALIVE_ENABLED", true, "true or false")?;
     Ok(enabled.then_some(keepalive))
@@ -591,6 +617,17 @@ fn is_read(name: &str) -> bool {
     READ.contains(&name) || READ_BY_PREFIX.iter().any(|prefix| name.starts_with(prefix))
 }
 
+/// Why a variable of the established proxy is not honoured.
+fn known_to_peer(name: &str) -> Option<&'static str> {
+    let listed = KNOWN_TO_PEER.iter().find(|(known, _)| *known == name);
+    listed.map(|(_, why)| *why)
+}
+
+/// Where operators ask, and where metrics are read.
+// PROTOCOL.md#ports
+const ADMIN_PORT: u16 = 15000;
+const STATS_PORT: u16 = 15020;
+
 /// Where a mesh's configuration is mounted.
 const MESH_FILE: &str = "./etc/istio/config/mesh";
 
@@ -621,7 +658,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 55] = [
+const READ: [&str; 57] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
@@ -636,6 +673,7 @@ const READ: [&str; 55] = [
     "CONNECTION_TERMINATION_DEADLINE",
     "CRL_PATH",
     "ENABLE_ORIG_SRC",
+    "ENABLE_PROXY",
     "ENABLE_RESPONSE_BAGGAGE",
     "ENROLMENT",
     "FAKE_CA",
@@ -670,6 +708,7 @@ const READ: [&str; 55] = [
     "TERMINATION_GRACE_PERIOD_SECONDS",
     "TLS12_ENABLED",
     "UNSTABLE_ENABLE_SOCKS5",
+    "USER_TIMEOUT_ENABLED",
     "XDS_ADDRESS",
     "XDS_ON_DEMAND",
     "XDS_ROOT_CA",
@@ -687,18 +726,27 @@ const READ_BY_PREFIX: [&str; 4] = [
     "XDS_HEADER_",
 ];
 
-/// Variables of the established proxy that are not honoured yet, so that a start names them.
-const KNOWN_TO_PEER: [&str; 10] = [
-    "CLUSTER_DOMAIN",
-    "ENABLE_PROXY",
-    "INPOD_ENABLED",
-    "PREFERED_SERVICE_NAMESPACE",
-    "PROXY_WORKLOAD_INFO",
-    "SERVICE_ACCOUNT",
-    "TRUST_DOMAIN",
-    "USER_TIMEOUT_ENABLED",
-    "DNS_CAPTURE",
-    "DNS_PROXY_ADDR",
+const DNS_CAPTURE: &str = "ISTIO_META_DNS_CAPTURE";
+const NO_DNS: &str = "there is no DNS proxy: names are resolved by whoever resolved them before";
+const NO_OWN_IDENTITY: &str =
+    "the process has no identity of its own: its ports are not in the mesh";
+
+/// Variables of the established proxy that are not honoured, and why; a start names them.
+const KNOWN_TO_PEER: [(&str, &str); 8] = [
+    ("CLUSTER_DOMAIN", NO_DNS),
+    (
+        "INPOD_ENABLED",
+        "nothing reads it, nor does the established proxy",
+    ),
+    (DNS_CAPTURE, NO_DNS),
+    ("ISTIO_META_DNS_PROXY_ADDR", NO_DNS),
+    ("PREFERED_SERVICE_NAMESPACE", NO_DNS),
+    (
+        "PROXY_WORKLOAD_INFO",
+        "there is no dedicated mode: one process serves all pods of the node",
+    ),
+    ("SERVICE_ACCOUNT", NO_OWN_IDENTITY),
+    ("TRUST_DOMAIN", NO_OWN_IDENTITY),
 ];
 
 #[cfg(test)]
@@ -727,7 +775,7 @@ mod tests {
         assert!(!config.tls12, "TLS 1.3 alone");
         assert!(config.local_fast_path, "ours, and on");
         assert_eq!(config.keepalive.unwrap().retries, 9);
-        assert_eq!(config.ignored, Vec::<String>::new());
+        assert_eq!(config.ignored, []);
     }
 
     #[test]
@@ -754,6 +802,11 @@ mod tests {
             ("LOG_FORMAT", "xml"),
             ("PROXY_MODE", "dedicated"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "-1"),
+            ("ZTUNNEL_RESOURCE_CPU_LIMIT", "0"),
+            ("ZTUNNEL_RESOURCE_CPU_REQUEST", "2.x"),
+            ("ZTUNNEL_CPU_LIMIT", "0"),
+            ("ENABLE_PROXY", "false"),
+            ("USER_TIMEOUT_ENABLED", "yes"),
             ("CAPTURE", "iptables"),
             ("ENROLMENT", "magic"),
             ("PACKET_MARK", "0x539"),
@@ -856,6 +909,64 @@ mod tests {
         }
     }
 
+    // A table that says something else than the program is worse than none.
+    #[test]
+    fn the_documented_table_is_what_the_program_does() {
+        let table = include_str!("../../deploy/CONFIGURATION.md");
+        let mut rows = BTreeMap::new();
+        for line in table.lines().filter(|line| line.starts_with("| `")) {
+            let cells: Vec<_> = line
+                .split(" | ")
+                .map(|cell| cell.trim_matches(['|', ' ']))
+                .collect();
+            let [names, status, text] = cells[..] else {
+                panic!("not three cells: {line}");
+            };
+            for name in names.split(", ") {
+                let name = name.trim_matches('`').to_owned();
+                let before = rows.insert(name.clone(), (status, text));
+                assert!(before.is_none(), "{name} is there twice");
+            }
+        }
+        let prefixes = READ_BY_PREFIX.map(|prefix| format!("{prefix}*"));
+        for name in READ.map(str::to_owned).into_iter().chain(prefixes) {
+            let (status, _) = rows
+                .remove(&name)
+                .unwrap_or_else(|| panic!("no row for {name}"));
+            assert_eq!(status, "honoured", "{name}");
+        }
+        for (name, why) in KNOWN_TO_PEER {
+            let (status, text) = rows
+                .remove(name)
+                .unwrap_or_else(|| panic!("no row for {name}"));
+            assert_eq!((status, text), ("not supported", why), "{name}");
+        }
+        // Fields, which have no list in the program: they are those of the struct that is read.
+        let fields = [
+            "concurrency",
+            "discoveryAddress",
+            "proxyAdminPort",
+            "proxyMetadata",
+            "statsPort",
+        ];
+        for field in fields {
+            let row = rows.remove(field);
+            assert_eq!(row.map(|(status, _)| status), Some("honoured"), "{field}");
+        }
+        assert!(rows.is_empty(), "the program does not know {rows:?}");
+    }
+
+    #[test]
+    fn the_operators_ports_are_where_the_proxy_config_says() {
+        let ports = |vars: &[(&str, &str)]| {
+            let config = config(vars).unwrap();
+            (config.admin_port, config.stats_port)
+        };
+        assert_eq!(ports(&[]), (15000, 15020));
+        let elsewhere = "{proxyAdminPort: 15100, statsPort: 15120}";
+        assert_eq!(ports(&[("PROXY_CONFIG", elsewhere)]), (15100, 15120));
+    }
+
     #[test]
     fn a_source_is_needed_and_only_one() {
         let none = Config::from_vars([], 1).unwrap_err().to_string();
@@ -866,12 +977,22 @@ mod tests {
 
     #[test]
     fn what_the_peer_knows_and_this_process_does_not_is_listed() {
-        let config = config(&[
-            ("CLUSTER_DOMAIN", "x"),
-            ("ISTIO_META_FOO", "y"),
-            ("HOME", "/"),
-        ]);
-        assert_eq!(config.unwrap().ignored, ["CLUSTER_DOMAIN"]);
+        let off = &["CLUSTER_DOMAIN"][..];
+        for (capture, named) in [
+            ("false", off),
+            ("True", &["CLUSTER_DOMAIN", "ISTIO_META_DNS_CAPTURE"]),
+        ] {
+            let config = config(&[
+                ("CLUSTER_DOMAIN", "x"),
+                ("ISTIO_META_FOO", "y"),
+                ("ISTIO_META_DNS_CAPTURE", capture),
+                ("HOME", "/"),
+            ]);
+            let ignored = config.unwrap().ignored;
+            let names: Vec<_> = ignored.iter().map(|(name, _)| name.as_str()).collect();
+            assert_eq!(names, named, "{capture}");
+            assert!(ignored.iter().all(|(_, why)| !why.is_empty()));
+        }
     }
 
     fn alone(vars: &[(&str, &str)]) -> Result<Config, Error> {

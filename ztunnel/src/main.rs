@@ -89,9 +89,8 @@ fn proxy(rest: &[String]) -> ExitCode {
     if !rest.is_empty() {
         tracing::info!(arguments = ?rest, "arguments after the verb are not used");
     }
-    if !config.ignored.is_empty() {
-        let ignored = config.ignored.join(" ");
-        tracing::warn!(%ignored, "variables that this version does not honour");
+    for (variable, reason) in &config.ignored {
+        tracing::warn!(variable, reason, "this variable is not honoured");
     }
     if !config.unusable.is_empty() {
         let unusable = config.unusable.join(" ");

@@ -17,6 +17,8 @@ use crate::rpc;
 pub(super) struct ProxyConfig {
     pub(super) discovery_address: Option<String>,
     pub(super) concurrency: Option<usize>,
+    pub(super) proxy_admin_port: Option<u16>,
+    pub(super) stats_port: Option<u16>,
     #[serde(default)]
     proxy_metadata: BTreeMap<String, String>,
 }
@@ -42,6 +44,8 @@ impl ProxyConfig {
             let own: Self = parsed("PROXY_CONFIG", text)?;
             config.discovery_address = own.discovery_address.or(config.discovery_address);
             config.concurrency = own.concurrency.or(config.concurrency);
+            config.proxy_admin_port = own.proxy_admin_port.or(config.proxy_admin_port);
+            config.stats_port = own.stats_port.or(config.stats_port);
             config.proxy_metadata.extend(own.proxy_metadata);
         }
         Ok(config)

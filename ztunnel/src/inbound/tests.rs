@@ -116,6 +116,7 @@ async fn the_answer_comes_when_the_application_is_connected_and_describes_the_po
             time: Duration::from_secs(7),
             interval: Duration::from_secs(3),
             retries: 5,
+            user_timeout: false,
         };
         let pod = Pod::with(mesh, |settings| {
             settings.response_baggage = false;

@@ -24,6 +24,8 @@ pub struct TcpKeepalive {
     pub interval: Duration,
     /// Probes without an answer before the connection is dead.
     pub retries: u32,
+    /// What was sent and is not acknowledged for as long ends the connection too.
+    pub user_timeout: bool,
 }
 
 impl Default for TcpKeepalive {
@@ -33,6 +35,7 @@ impl Default for TcpKeepalive {
             time: Duration::from_secs(180),
             interval: Duration::from_secs(180),
             retries: 9,
+            user_timeout: false,
         }
     }
 }
@@ -47,6 +50,10 @@ pub fn tune(socket: &impl AsFd, keepalive: Option<&TcpKeepalive>) -> io::Result<
     let Some(keepalive) = keepalive else {
         return Ok(());
     };
+    if keepalive.user_timeout {
+        let probing = keepalive.interval.saturating_mul(keepalive.retries);
+        socket.set_tcp_user_timeout(Some(keepalive.time.saturating_add(probing)))?;
+    }
     socket.set_tcp_keepalive(
         &socket2::TcpKeepalive::new()
             .with_time(keepalive.time)
@@ -189,6 +196,7 @@ mod tests {
             time: Duration::from_secs(7),
             interval: Duration::from_secs(3),
             retries: 5,
+            user_timeout: false,
         };
         tune(&listener, Some(&keepalive)).unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap());
