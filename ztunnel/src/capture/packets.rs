@@ -37,7 +37,12 @@ impl PacketSocket {
     pub fn connect(path: &Path) -> io::Result<Self> {
         let socket = Socket::new(Domain::UNIX, Type::SEQPACKET.nonblocking(), None)?;
         socket.connect(&SockAddr::unix(path)?)?;
-        let socket = StdDatagram::from(OwnedFd::from(socket));
+        Self::of(socket.into())
+    }
+
+    /// One that is connected, and never blocks.
+    pub(crate) fn of(socket: OwnedFd) -> io::Result<Self> {
+        let socket = StdDatagram::from(socket);
         Ok(Self(UnixDatagram::from_std(socket)?))
     }
 

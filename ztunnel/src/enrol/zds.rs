@@ -455,6 +455,8 @@ const STEADY: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
     use super::*;
 
     #[test]
@@ -477,6 +479,47 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_the_agent_waits_for_no_more_is_not_given_and_ends_the_connection() {
+        let in_time = ANSWER_WITHIN;
+        for took in [in_time, in_time + Duration::from_millis(1)] {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
+            let (near, far) = pair.unwrap();
+            let (events, mut told) = mpsc::channel(1);
+            let tally = Tally::default();
+            let session = Session {
+                socket: PacketSocket::of(near).unwrap(),
+                events: &events,
+                tally: &tally,
+                settled: false,
+            };
+            let agent = async {
+                let agent = PacketSocket::of(far).unwrap();
+                assert!(matches!(told.recv().await, Some(Event::Connected)));
+                let hello = agent.receive(MAX_ZDS_BYTES).await.unwrap();
+                assert_eq!(hello.unwrap().bytes, zds_hello());
+                agent.send(SNAPSHOT_SENT).await.unwrap();
+                let Some(Event::Asked(Order::SnapshotSent, answer)) = told.recv().await else {
+                    panic!("the end of the snapshot is not told of");
+                };
+                tokio::time::advance(took).await;
+                answer.send(Ok(())).unwrap();
+                let heard = agent.receive(MAX_ZDS_BYTES).await.unwrap();
+                heard.map(|packet| packet.bytes)
+            };
+            let ((settled, lost), heard) =
+                tokio::join!(session.run(Path::new("agent.sock")), agent);
+            if took == in_time {
+                assert_eq!(heard, Some(zds_ack(Ok(()))));
+                assert!(settled && matches!(lost, Lost::Closed), "{lost}");
+            } else {
+                assert_eq!(heard, None);
+                assert!(!settled && matches!(lost, Lost::Late), "{lost}");
+            }
+        }
+    }
+
     fn packet(bytes: &[u8], descriptors: usize) -> Packet {
         let null = || std::fs::File::open("/dev/null").unwrap().into();
         Packet {
@@ -487,6 +530,7 @@ mod tests {
         }
     }
 
+    const SNAPSHOT_SENT: &[u8] = b"\x1a\x00";
     const ADD: &[u8] = b"\x0a\x11\x0a\x02u1\x12\x0b\x0a\x01n\x12\x02ns\x1a\x02sa";
 
     #[test]
