@@ -385,7 +385,7 @@ fn release_all_touches_nothing_but_our_pins() {
 }
 
 /// As if another version had pinned them.
-fn make_foreign(world: &World) {
+pub(crate) fn make_foreign(world: &World) {
     let dir = generations(world).remove(0);
     let name = dir.file_name().unwrap().to_str().unwrap();
     let number = name.split_once("-gen").unwrap().1;

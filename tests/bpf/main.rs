@@ -5,6 +5,7 @@
     reason = "a test that cannot be set up fails; the lint knows test functions, not their helpers"
 )]
 
+mod dns;
 mod guard;
 mod inbound;
 mod lifecycle;

@@ -101,6 +101,7 @@ impl World {
             workers,
             socks5: false,
             mark: None,
+            dns: true,
         }
     }
 

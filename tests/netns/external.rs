@@ -1,11 +1,18 @@
 //! Capture by somebody else's rules: what applications, peers and policies see is the same, nothing
 //! loops, and rules and programs in one pod do not capture the same connection twice.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+};
 
 use anyhow::{Context as _, Result, ensure};
+use domain::base::Rtype;
 use ztunnel_tests::{
     apps::{self, Heard, Server},
+    dns::{self, Answer, Resolver, Socket, ask, ask_tcp, question, reply},
     meshfile::MeshFile,
     process::output,
     rules,
@@ -254,7 +261,7 @@ fn a_pod_whose_port_is_taken_is_pending_until_the_port_is_free() -> Result<()> {
     wait_metric(&a.node, "workload_manager_active_proxy_count", 2.0)
 }
 
-// B081, B137: two processes in the pods of one node at once; the one that leaves says goodbye.
+// B081: two processes in the pods of one node at once; the one that leaves says goodbye.
 #[test]
 fn a_second_process_serves_the_same_pods_while_the_first_leaves() -> Result<()> {
     use nix::sys::signal::Signal;
@@ -309,6 +316,109 @@ fn pods_that_programs_capture_are_not_left_closed_by_a_change_of_means() -> Resu
     Ok(())
 }
 
+// B065, B112. Whom a datagram was meant for the rules do not tell; a connection they do.
+#[test]
+fn redirected_questions_are_answered_or_go_to_the_resolvers_of_the_process() -> Result<()> {
+    let topology = pods().build()?;
+    let (client, outside) = (topology.pod("client")?, topology.pod("outside")?);
+    rules::install_with_dns(&client.netns)?;
+    let host = topology.node("b")?;
+    let resolver = Resolver::start(&host.netns, &[host.v4.into(), host.v6.into()])?;
+    let mut settings = Settings::of(&topology)?.env("RUST_LOG", "info,dns=debug");
+    // The first one is nobody's.
+    settings.binary = with_resolvers(&topology, settings.binary, &[NOBODY, host.v4.into()])?;
+    let file = mesh(&topology);
+    let mut a = Agented::launch(&topology, "a", &file.clone().unlisted(), settings.clone())?;
+    succeeds(a.peer.add("client", client))?;
+    succeeds(a.peer.snapshot_sent())?;
+    a.node.wait_ready()?;
+    let ours = question(1, NAME, Rtype::A, true);
+    let others = question(2, "outside.example", Rtype::A, true);
+    let known = [format!("{NAME} 30 {}", vip())];
+    let at = |ip: IpAddr| SocketAddr::new(ip, dns::PORT);
+    for to in [at(NOBODY), at(host.v6.into())] {
+        for kind in [Socket::Connected, Socket::Unconnected] {
+            let answer = Answer::read(&ask(&client.netns, kind, to, &ours)?)?;
+            ensure!(answer.records == known, "{kind:?} to {to}: {answer:?}");
+            ensure!(resolver.seen().is_empty(), "{kind:?} to {to}");
+            let answer = ask(&client.netns, kind, to, &others)?;
+            ensure!(Some(answer) == reply(&others), "{kind:?} to {to}");
+            let seen = resolver.take();
+            ensure!(seen.len() == 1, "{kind:?} to {to}: {seen:?}");
+            ensure!(
+                seen.iter()
+                    .all(|seen| seen.bytes == others && seen.from == client.at(0).ip()),
+                "{kind:?} to {to}: {seen:?}"
+            );
+        }
+    }
+    for to in [at(host.v4.into()), at(host.v6.into())] {
+        let answers = ask_tcp(&client.netns, to, &[ours.clone(), others.clone()])?;
+        ensure!(
+            answers
+                .iter()
+                .any(|answer| Some(answer) == reply(&others).as_ref()),
+            "{to}"
+        );
+        let records = answers
+            .iter()
+            .map(|answer| Answer::read(answer).map(|answer| answer.records));
+        let records: Vec<_> = records.collect::<Result<_>>()?;
+        ensure!(records.contains(&known.to_vec()), "{to}: {records:?}");
+        let seen = resolver.take();
+        ensure!(seen.len() == 1 && seen.iter().all(|seen| seen.tcp), "{to}");
+    }
+    // The ports are the pod's own affair.
+    let other = dns::socket(&outside.netns, Socket::Connected, client.at(15053))?;
+    other.connect(client.at(15053))?;
+    other.send(&ours)?;
+    other.set_read_timeout(Some(PATIENCE))?;
+    let refused = other.recv(&mut [0; 64]).map_err(|error| error.kind());
+    ensure!(
+        refused == Err(std::io::ErrorKind::ConnectionRefused),
+        "{refused:?}"
+    );
+    assert_refused(&outside.netns, client.at(15053))?;
+    drop(a);
+
+    let settings = settings.env("ISTIO_META_DNS_CAPTURE", "false");
+    let mut a = Agented::launch(&topology, "a", &file.unlisted(), settings)?;
+    succeeds(a.peer.add("client", client))?;
+    succeeds(a.peer.snapshot_sent())?;
+    a.node.wait_ready()?;
+    for to in [client.at(15053), SocketAddr::from(([127, 0, 0, 1], 15053))] {
+        let socket = dns::socket(&client.netns, Socket::Connected, to)?;
+        socket.connect(to)?;
+        socket.send(&ours)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let refused = socket.recv(&mut [0; 64]).map_err(|error| error.kind());
+        ensure!(
+            refused == Err(std::io::ErrorKind::ConnectionRefused),
+            "{to}: {refused:?}"
+        );
+    }
+    Ok(())
+}
+
+/// The program in a world where `/etc/resolv.conf` names these.
+fn with_resolvers(topology: &Topology, program: PathBuf, resolvers: &[IpAddr]) -> Result<PathBuf> {
+    let directory = topology.directory()?;
+    let (conf, wrapper) = (directory.join("resolv.conf"), directory.join("wrapper"));
+    let text: String = resolvers
+        .iter()
+        .map(|resolver| format!("nameserver {resolver}\n"))
+        .collect();
+    fs::write(&conf, text)?;
+    let script = format!(
+        "#!/bin/sh\nexec unshare --mount sh -c 'mount --bind {} /etc/resolv.conf && exec {} \"$@\"' sh \"$@\"\n",
+        conf.display(),
+        program.display()
+    );
+    fs::write(&wrapper, script)?;
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
+    Ok(wrapper)
+}
+
 /// Refused, at most with the alert of a TLS server that met no client.
 fn is_over(heard: &Heard) -> bool {
     is_refused(heard) || matches!(heard, Heard::Answer(bytes) if bytes.first() == Some(&ALERT))
@@ -317,4 +427,7 @@ fn is_over(heard: &Heard) -> bool {
 /// The type of a TLS record that says what went wrong.
 const ALERT: u8 = 21;
 
+/// An address that nobody has.
+const NOBODY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 9));
+const NAME: &str = "echo.demo.svc.cluster.local";
 const CANARY: &[u8] = b"kanarienvogel-redirected";

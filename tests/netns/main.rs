@@ -12,6 +12,7 @@
 mod agent;
 mod crl;
 mod dark;
+mod dns;
 mod drain;
 mod enrolment;
 mod exclusions;

@@ -28,6 +28,7 @@ pub mod bulk;
 pub mod certs;
 pub mod cluster;
 pub mod control_plane;
+pub mod dns;
 pub mod envoy;
 mod grpc;
 pub mod http;

@@ -271,7 +271,7 @@ const fn at(name: &'static str, floor: u8, up_to: u8, and: &'static [&'static st
 }
 
 /// The house, from the ground. Nobody below floor 7 imports floor 7, because no `up_to` below reaches it.
-const ROOMS: [Room; 27] = [
+const ROOMS: [Room; 28] = [
     at("model", 1, 0, &[]),
     at("proto", 1, 0, &[]),
     at("wire", 2, 1, &[]),
@@ -290,6 +290,7 @@ const ROOMS: [Room; 27] = [
     at("inbound", 6, 5, &["context"]),
     at("passthrough", 6, 5, &["context"]),
     at("socks5", 6, 5, &["context", "outbound"]),
+    at("dns", 6, 5, &["context"]),
     at("config", 7, 7, &[]),
     at("admin", 7, 7, &[]),
     at("logging", 7, 7, &[]),

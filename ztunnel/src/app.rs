@@ -26,7 +26,6 @@ use crate::capture::{
 use crate::config::{self, CaptureBy, Config};
 use crate::context;
 use crate::control::{self, Demander, FileSource, PodEntry, World};
-use crate::drain;
 use crate::enrol::{
     Agent, Asked, Change, Enrolment, Exclusions, Listed, Listing, Place, Source, Wanted,
 };
@@ -35,6 +34,7 @@ use crate::logging::Levels;
 use crate::mesh::{self, Mesh, Reader, Updates};
 use crate::model::{Chain, PodUid, SpiffeId};
 use crate::worker::{self, Order, Unserved, Worker};
+use crate::{dns, drain};
 use crate::{stats, tunnel};
 use root::FollowedRoot;
 
@@ -123,8 +123,13 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
     let (mesh, subscribe) = Mesh::new(Arc::clone(&config.network), state);
     let (tell_pods, pods) = watch::channel(Arc::default());
     let (tell_unserved, unserved) = mpsc::channel(UNSERVED);
+    let dns = dns::Counts::new(config.workers);
+    if config.dns_capture {
+        accounts.register(Box::new(dns.clone()));
+    }
     let shared = Shared {
         accounts: &accounts,
+        dns: &dns,
         store: &store,
         revocations,
         world: subscribe,
@@ -150,6 +155,7 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
         mesh,
         identities: BTreeSet::new(),
         tell_pods,
+        dns: config.dns_capture,
     };
     let run = Run {
         config,
@@ -195,6 +201,7 @@ fn means(
                 mark: params.mark,
                 reuse_port: config.pod_port_reuse,
                 ipv6: config.ipv6,
+                dns: config.dns_capture,
             };
             Means::External(External::start(external, &params.pin_dir)?)
         }
@@ -223,7 +230,7 @@ impl Run<'_> {
             config::Enrolment::Zds(path) => {
                 let agent = Agent::connect(path.clone());
                 self.node.accounts.register(stats::agent(agent.tally()));
-                self.serve(agent).await
+                Box::pin(self.serve(agent)).await
             }
         }
     }
@@ -296,6 +303,8 @@ struct Node {
     /// The identities of the pods that should be served.
     identities: BTreeSet<SpiffeId>,
     tell_pods: watch::Sender<Arc<[PodStatus]>>,
+    /// Whether questions to resolvers are captured in any pod.
+    dns: bool,
 }
 
 impl Node {
@@ -338,7 +347,7 @@ impl Node {
                 let listed = pods.pods();
                 let world = self.mesh.world();
                 if let Some(pod) = listed.iter().find(|pod| pod.uid == uid) {
-                    let wanted = wanted(&world, pod);
+                    let wanted = self.wanted(&world, pod);
                     for change in self.enrolment.enrol(&wanted) {
                         self.tell(change).await;
                     }
@@ -363,7 +372,8 @@ impl Node {
 
     async fn release(&mut self, uids: &[PodUid], pods: &impl Source) {
         let world = self.mesh.world();
-        let listed: Vec<Wanted> = pods.pods().iter().map(|pod| wanted(&world, pod)).collect();
+        let listed = pods.pods();
+        let listed: Vec<Wanted> = listed.iter().map(|pod| self.wanted(&world, pod)).collect();
         for uid in uids {
             for change in self.enrolment.release(uid, &listed) {
                 self.tell(change).await;
@@ -372,11 +382,15 @@ impl Node {
         }
     }
 
+    fn wanted(&self, world: &World, listed: &Listed) -> Wanted {
+        wanted(world, listed, self.dns)
+    }
+
     /// Brings the kernel to the wanted pods and tells the workers the difference.
     async fn reconcile(&mut self, pods: &impl Source) {
         let world = self.mesh.world();
         let listed = pods.pods();
-        let wanted: Vec<Wanted> = listed.iter().map(|pod| wanted(&world, pod)).collect();
+        let wanted: Vec<Wanted> = listed.iter().map(|pod| self.wanted(&world, pod)).collect();
         loop {
             for change in self.enrolment.reconcile(&wanted, pods.unlisted()) {
                 self.tell(change).await;
@@ -559,13 +573,14 @@ fn listed(pods: &[PodEntry]) -> Vec<Listed> {
             outbound_cidrs: entry.exclude_outbound_cidrs.clone(),
             outbound_ports: entry.exclude_outbound_ports.clone(),
             inbound_ports: entry.exclude_inbound_ports.clone(),
+            dns: !entry.dns_capture,
         },
     };
     pods.iter().map(listed).collect()
 }
 
 /// What the kernel has to know of a pod. A pod that the mesh does not know takes no plaintext.
-fn wanted(world: &World, entry: &Listed) -> Wanted {
+fn wanted(world: &World, entry: &Listed, dns: bool) -> Wanted {
     let workload = world.snapshot.pod(&entry.pod);
     let plaintext = workload.map_or(PlaintextVerdict::Drop, |workload| {
         verdict(plaintext_verdict(&world.policies, workload))
@@ -580,6 +595,7 @@ fn wanted(world: &World, entry: &Listed) -> Wanted {
             excluded_outbound_ports: entry.exclusions.outbound_ports.clone(),
             excluded_outbound_cidrs: entry.exclusions.outbound_cidrs.clone(),
             excluded_inbound_ports: entry.exclusions.inbound_ports.clone(),
+            dns: dns && !entry.exclusions.dns,
         },
     }
 }
@@ -599,6 +615,7 @@ struct Shared<'a> {
     world: watch::Receiver<World>,
     unserved: mpsc::Sender<Unserved>,
     demander: Option<Demander>,
+    dns: &'a dns::Counts,
 }
 
 impl Shared<'_> {
@@ -647,6 +664,12 @@ fn start_workers(config: &Config, shared: &Shared<'_>) -> Result<Vec<Worker>, Er
                     user_timeout: k.user_timeout,
                 }),
             },
+            names: dns::Params {
+                cluster_domain: Arc::clone(&config.cluster_domain),
+                ipv6: config.ipv6,
+                preferred_namespace: config.preferred_namespace.clone(),
+            },
+            questions: shared.dns.tally(number),
             world: shared.world.clone(),
             unserved: shared.unserved.clone(),
             demander: shared.demander.clone(),
@@ -662,6 +685,7 @@ fn capture_params(config: &Config) -> capture::Params {
         workers: config.workers,
         socks5: config.socks5,
         mark: config.packet_mark,
+        dns: config.dns_capture,
     }
 }
 

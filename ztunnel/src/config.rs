@@ -120,7 +120,7 @@ pub struct Config {
     pub packet_mark: Option<u32>,
     /// Another process may listen on our ports in pods, as during an upgrade.
     pub pod_port_reuse: bool,
-    /// Listen on IPv6 too.
+    /// Listen on IPv6 too, and answer pods' questions with such addresses.
     pub ipv6: bool,
     /// The CA's directory.
     pub ca_dir: PathBuf,
@@ -153,6 +153,12 @@ pub struct Config {
     pub policy_info_logging: bool,
     /// Between pods of this node, bytes go from socket to socket, without a tunnel.
     pub local_fast_path: bool,
+    /// Pods' questions to resolvers are captured.
+    pub dns_capture: bool,
+    /// The domain of the cluster's services.
+    pub cluster_domain: Arc<str>,
+    /// The namespace that wins among several with a service of one name.
+    pub preferred_namespace: Option<Arc<str>>,
     /// How long open connections may go on after SIGTERM.
     pub termination_deadline: Duration,
     /// TCP keepalive; `None` when switched off.
@@ -235,6 +241,12 @@ impl Config {
             localhost_app_tunnel: flag("LOCALHOST_APP_TUNNEL", true)?,
             policy_info_logging: flag("AUTHZ_POLICY_INFO_LOGGING", false)?,
             local_fast_path: flag("LOCAL_FAST_PATH", true)?,
+            dns_capture: control_plane::dns_capture(&env, &proxy),
+            cluster_domain: cluster_domain(&env),
+            preferred_namespace: env
+                .get("PREFERED_SERVICE_NAMESPACE")
+                .filter(|namespace| !namespace.is_empty())
+                .map(Arc::from),
             termination_deadline: termination_deadline(&env)?,
             keepalive: keepalive(&env)?,
             pool_max_streams: env.at_least_one("POOL_MAX_STREAMS_PER_CONNECTION", 100)?,
@@ -436,12 +448,8 @@ impl Env {
 
     fn ignored(&self) -> Vec<(String, &'static str)> {
         self.vars
-            .iter()
-            // Switched off, it is as it should be.
-            .filter(|(name, value)| {
-                name.as_str() != DNS_CAPTURE || value.eq_ignore_ascii_case("true")
-            })
-            .filter_map(|(name, _)| Some((name.clone(), known_to_peer(name)?)))
+            .keys()
+            .filter_map(|name| Some((name.clone(), known_to_peer(name)?)))
             .collect()
     }
 }
@@ -590,6 +598,14 @@ fn keepalive(env: &Env) -> Result<Option<Keepalive>, Error> {
     Ok(enabled.then_some(keepalive))
 }
 
+fn cluster_domain(env: &Env) -> Arc<str> {
+    let domain = env
+        .get("CLUSTER_DOMAIN")
+        .filter(|domain| !domain.is_empty());
+    let domain = domain.unwrap_or("cluster.local").trim_end_matches('.');
+    domain.to_ascii_lowercase().into()
+}
+
 fn log_format(env: &Env) -> Result<LogFormat, Error> {
     match env.get("LOG_FORMAT") {
         None | Some("" | "plain") => Ok(LogFormat::Plain),
@@ -658,7 +674,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 57] = [
+const READ: [&str; 59] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
@@ -668,6 +684,7 @@ const READ: [&str; 57] = [
     "CA_ADDRESS",
     "CA_DIR",
     "CA_ROOT_CA",
+    "CLUSTER_DOMAIN",
     "CLUSTER_ID",
     "COMPLIANCE_POLICY",
     "CONNECTION_TERMINATION_DEADLINE",
@@ -701,6 +718,7 @@ const READ: [&str; 57] = [
     "POD_NAMESPACE",
     "POOL_MAX_STREAMS_PER_CONNECTION",
     "POOL_UNUSED_RELEASE_TIMEOUT",
+    "PREFERED_SERVICE_NAMESPACE",
     "PROXY_CONFIG",
     "PROXY_MODE",
     "RUST_LOG",
@@ -726,21 +744,19 @@ const READ_BY_PREFIX: [&str; 4] = [
     "XDS_HEADER_",
 ];
 
-const DNS_CAPTURE: &str = "ISTIO_META_DNS_CAPTURE";
-const NO_DNS: &str = "there is no DNS proxy: names are resolved by whoever resolved them before";
 const NO_OWN_IDENTITY: &str =
     "the process has no identity of its own: its ports are not in the mesh";
 
 /// Variables of the established proxy that are not honoured, and why; a start names them.
-const KNOWN_TO_PEER: [(&str, &str); 8] = [
-    ("CLUSTER_DOMAIN", NO_DNS),
+const KNOWN_TO_PEER: [(&str, &str); 5] = [
     (
         "INPOD_ENABLED",
         "nothing reads it, nor does the established proxy",
     ),
-    (DNS_CAPTURE, NO_DNS),
-    ("ISTIO_META_DNS_PROXY_ADDR", NO_DNS),
-    ("PREFERED_SERVICE_NAMESPACE", NO_DNS),
+    (
+        "ISTIO_META_DNS_PROXY_ADDR",
+        "questions come to where the kernel or the rules in the pod bring them",
+    ),
     (
         "PROXY_WORKLOAD_INFO",
         "there is no dedicated mode: one process serves all pods of the node",
@@ -774,6 +790,9 @@ mod tests {
         assert_eq!(config.stream_window_bytes, 4 << 20);
         assert!(!config.tls12, "TLS 1.3 alone");
         assert!(config.local_fast_path, "ours, and on");
+        assert!(config.dns_capture && config.ipv6);
+        assert_eq!(&*config.cluster_domain, "cluster.local");
+        assert_eq!(config.preferred_namespace, None);
         assert_eq!(config.keepalive.unwrap().retries, 9);
         assert_eq!(config.ignored, []);
     }
@@ -977,22 +996,40 @@ mod tests {
 
     #[test]
     fn what_the_peer_knows_and_this_process_does_not_is_listed() {
-        let off = &["CLUSTER_DOMAIN"][..];
-        for (capture, named) in [
-            ("false", off),
-            ("True", &["CLUSTER_DOMAIN", "ISTIO_META_DNS_CAPTURE"]),
+        let config = config(&[
+            ("TRUST_DOMAIN", "x"),
+            ("ISTIO_META_FOO", "y"),
+            ("HOME", "/"),
+        ]);
+        let ignored = config.unwrap().ignored;
+        let names: Vec<_> = ignored.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["TRUST_DOMAIN"]);
+        assert!(ignored.iter().all(|(_, why)| !why.is_empty()));
+    }
+
+    // B112.
+    #[test]
+    fn dns_is_captured_unless_another_word_than_true_says_otherwise() {
+        for (value, captured) in [
+            ("true", true),
+            ("TRUE", true),
+            ("false", false),
+            ("", false),
         ] {
-            let config = config(&[
-                ("CLUSTER_DOMAIN", "x"),
-                ("ISTIO_META_FOO", "y"),
-                ("ISTIO_META_DNS_CAPTURE", capture),
-                ("HOME", "/"),
-            ]);
-            let ignored = config.unwrap().ignored;
-            let names: Vec<_> = ignored.iter().map(|(name, _)| name.as_str()).collect();
-            assert_eq!(names, named, "{capture}");
-            assert!(ignored.iter().all(|(_, why)| !why.is_empty()));
+            let config = config(&[("ISTIO_META_DNS_CAPTURE", value)]).unwrap();
+            assert_eq!(config.dns_capture, captured, "{value:?}");
         }
+        let text = "proxyMetadata: {DNS_CAPTURE: \"false\"}\n";
+        assert!(!config(&[("PROXY_CONFIG", text)]).unwrap().dns_capture);
+        let names = config(&[
+            ("CLUSTER_DOMAIN", "Mesh.Example."),
+            ("IPV6_ENABLED", "false"),
+            ("PREFERED_SERVICE_NAMESPACE", "shared"),
+        ]);
+        let names = names.unwrap();
+        assert_eq!(&*names.cluster_domain, "mesh.example");
+        assert_eq!(names.preferred_namespace.as_deref(), Some("shared"));
+        assert!(!names.ipv6);
     }
 
     fn alone(vars: &[(&str, &str)]) -> Result<Config, Error> {

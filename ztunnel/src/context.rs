@@ -16,7 +16,7 @@ use std::{fmt, io};
 
 use socket2::SockRef;
 use thiserror::Error;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info};
@@ -394,6 +394,12 @@ pub trait Sockets: fmt::Debug {
     /// # Errors
     /// No socket.
     fn app(&self, client: Option<IpAddr>, app: IpAddr) -> io::Result<std::net::TcpStream>;
+
+    /// For questions to a resolver, as [`Dialer::question_socket`] says.
+    ///
+    /// # Errors
+    /// No socket.
+    fn question(&self, resolver: IpAddr) -> io::Result<std::net::UdpSocket>;
 }
 
 impl Sockets for Dialer {
@@ -403,6 +409,10 @@ impl Sockets for Dialer {
 
     fn app(&self, client: Option<IpAddr>, app: IpAddr) -> io::Result<std::net::TcpStream> {
         self.app_socket(client, app).map(Into::into)
+    }
+
+    fn question(&self, resolver: IpAddr) -> io::Result<std::net::UdpSocket> {
+        self.question_socket(resolver).map(Into::into)
     }
 }
 
@@ -427,6 +437,18 @@ impl PodDial {
             descriptors,
             keepalive,
         }
+    }
+
+    /// A socket for one question to a resolver, which only the resolver's datagrams reach. Without a
+    /// descriptor it fails at once: the spare one is for a connection that was accepted, and whoever
+    /// asks asks again. Cancel safe.
+    ///
+    /// # Errors
+    /// No socket, or no way to the resolver.
+    pub async fn question(&self, resolver: SocketAddr) -> io::Result<UdpSocket> {
+        let socket = UdpSocket::from_std(self.sockets.question(resolver.ip())?)?;
+        socket.connect(resolver).await?;
+        Ok(socket)
     }
 
     async fn upstream(&self, upstream: UpstreamAddr) -> Result<TcpStream, DialError> {

@@ -20,8 +20,9 @@ pub mod identity;
 pub mod control;
 pub mod enrol;
 pub mod tunnel;
-// Floor 6: what the walks share, the two walks, plaintext, and another door to the walk outwards.
+// Floor 6: what the walks share, the two walks, plaintext, names, and another door to the walk outwards.
 pub mod context;
+pub mod dns;
 pub mod inbound;
 pub mod outbound;
 pub mod passthrough;

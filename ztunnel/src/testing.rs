@@ -395,6 +395,12 @@ impl fmt::Debug for Here {
 }
 
 impl Sockets for Here {
+    fn question(&self, _resolver: IpAddr) -> io::Result<std::net::UdpSocket> {
+        let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    }
+
     fn upstream(&self, _destination: IpAddr) -> io::Result<std::net::TcpStream> {
         self.0.make()
     }

@@ -18,7 +18,9 @@ use tracing::{debug, error, warn};
 
 use crate::account::Book;
 use crate::authz::Live;
-use crate::capture::{Arrival, Captured, Dialer, Listener, WorkerListeners};
+use crate::capture::{
+    Arrival, Asking, Captured, Dialer, Listener, QuestionSocket, Questions, WorkerListeners,
+};
 use crate::context::{
     Attested, Context, Descriptors, Handshakes, Names, Neighbours, PodDial, Settings, View,
 };
@@ -28,11 +30,15 @@ use crate::enrol::PodId;
 use crate::identity::{Revocations, Store};
 use crate::model::{PodRef, Reason};
 use crate::tunnel::{self, Pool};
-use crate::{inbound, logging, outbound, passthrough, socks5};
+use crate::{dns, inbound, logging, outbound, passthrough, socks5};
 use seldom::Seldom;
 
 /// What the control thread tells a worker.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one for each pod, and it is moved a few times: not worth an allocation"
+)]
 pub enum Order {
     /// Serve this pod.
     Up {
@@ -66,6 +72,10 @@ pub struct Params {
     pub tunnel: tunnel::Params,
     /// Settings of the walks.
     pub settings: Settings,
+    /// How names are looked up.
+    pub names: dns::Params,
+    /// Where questions are counted.
+    pub questions: dns::Tally,
     /// The mesh, replaced whole.
     pub world: watch::Receiver<World>,
     /// Asks the control plane for what the mesh lacks.
@@ -153,6 +163,8 @@ impl Worker {
 
 struct Pod {
     drain: drain::Trigger,
+    /// Of what answers its questions, as long as anything of this worker is open.
+    questions: drain::Trigger,
     context: Weak<Context>,
 }
 
@@ -212,6 +224,30 @@ struct Shared {
 }
 
 impl Shared {
+    /// Begins to serve a pod.
+    fn up(
+        &self,
+        id: PodId,
+        (pod, dialer): (PodRef, Dialer),
+        listeners: WorkerListeners,
+        by: &Accepting,
+    ) -> Pod {
+        let (drain, signal) = drain::channel();
+        let (questions, until) = drain::channel();
+        let context = |pod, dialer, signal| {
+            Rc::new(self.context(pod, dialer, by.descriptors.clone(), signal))
+        };
+        let asked = context(pod.clone(), dialer.clone(), until);
+        let context = context(pod, dialer, signal);
+        serve(id, (&context, asked), listeners, by);
+        self.neighbours.enter(&context);
+        Pod {
+            drain,
+            questions,
+            context: Rc::downgrade(&context),
+        }
+    }
+
     /// What the walks of one pod work with.
     fn context(
         &self,
@@ -254,6 +290,8 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         revocations,
         tunnel,
         settings,
+        names,
+        questions,
         mut world,
         unserved,
         demander,
@@ -284,6 +322,7 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         descriptors: Descriptors::default(),
         warned: Rc::default(),
         unserved,
+        dns: dns::Server::new(names, questions),
     };
     let mut pods: HashMap<PodId, Pod> = HashMap::new();
     let lines = spawn_local(logging::hold_lines());
@@ -292,18 +331,13 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
         tokio::select! {
             order = inbox.recv() => match order {
                 Some(Order::Up { id, pod, listeners, dialer }) => {
-                    let (trigger, drain) = drain::channel();
-                    let descriptors = accepting.descriptors.clone();
-                    let context = Rc::new(shared.context(pod, dialer, descriptors, drain));
-                    serve(id, &context, listeners, &accepting);
-                    shared.neighbours.enter(&context);
-                    let context = Rc::downgrade(&context);
-                    pods.insert(id, Pod { drain: trigger, context });
+                    pods.insert(id, shared.up(id, (pod, dialer), listeners, &accepting));
                 }
                 Some(Order::Down(id)) => {
                     if let Some(pod) = pods.remove(&id) {
                         shared.neighbours.leave(&pod.context);
                         pod.drain.force(Reason::PodRemoved);
+                        pod.questions.force(Reason::PodRemoved);
                     }
                 }
                 Some(Order::Drain(deadline)) => {
@@ -325,8 +359,16 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
     lines.abort();
 }
 
-/// Ends all pods: gracefully until the deadline, then at once.
+/// Ends all pods: gracefully until the deadline, then at once. A question has an answer for as long as
+/// anybody is there: until the next process has the pod's questions, nobody else has one.
 async fn drain(pods: HashMap<PodId, Pod>, deadline: Duration) {
+    drain_connections(&pods, deadline).await;
+    for pod in pods.values() {
+        pod.questions.force(Reason::Drained);
+    }
+}
+
+async fn drain_connections(pods: &HashMap<PodId, Pod>, deadline: Duration) {
     for pod in pods.values() {
         pod.drain.graceful();
     }
@@ -357,26 +399,56 @@ struct Accepting {
     descriptors: Descriptors,
     warned: Rc<Seldom>,
     unserved: mpsc::Sender<Unserved>,
+    dns: Rc<dns::Server>,
 }
 
-/// Accepts on the pod's listeners until the pod drains.
-fn serve(id: PodId, context: &Rc<Context>, listeners: WorkerListeners, by: &Accepting) {
+/// Accepts on the pod's listeners until the pod drains, and answers its questions, which have a context
+/// of their own, until that is forced to end.
+fn serve(
+    id: PodId,
+    (context, asked): (&Rc<Context>, Rc<Context>),
+    listeners: WorkerListeners,
+    by: &Accepting,
+) {
     let WorkerListeners {
         outbound,
         hbone,
         plaintext,
         socks5,
+        dns: questions,
+        dns_connections,
         arrival,
     } = listeners;
     let on = |listener, arrival| (id, (listener, arrival), by.clone());
+    let asking = questions.first().map(QuestionSocket::asking);
+    let connections = dns::Pod::new(Rc::clone(context), Rc::clone(&by.dns));
+    for listener in dns_connections {
+        let names = Rc::clone(&connections);
+        spawn_local(accept(
+            on(listener, arrival),
+            Rc::clone(context),
+            async move |conn, cx| {
+                spawn_local(ask(Rc::clone(&names), Box::new(conn), cx));
+            },
+        ));
+    }
     spawn_local(accept(
         on(outbound, arrival),
         Rc::clone(context),
-        async |conn, cx| {
+        async move |conn, cx| {
             let conn = Box::new(conn);
-            spawn_local(async move { outbound::serve(conn, &cx).await });
+            let captured = asking.as_ref().is_some_and(Asking::is_captured);
+            if captured && conn.original.port() == dns::PORT {
+                spawn_local(ask(Rc::clone(&connections), conn, cx));
+            } else {
+                spawn_local(async move { outbound::serve(conn, &cx).await });
+            }
         },
     ));
+    let names = dns::Pod::new(asked, Rc::clone(&by.dns));
+    for socket in questions {
+        spawn_local(answer((id, socket, by.clone()), Rc::clone(&names)));
+    }
     spawn_local(accept(
         on(hbone, Arrival::Dialled),
         Rc::clone(context),
@@ -404,6 +476,22 @@ fn serve(id: PodId, context: &Rc<Context>, listeners: WorkerListeners, by: &Acce
     }
 }
 
+/// Answers questions in a connection to a resolver. What the mesh carries it carries, whatever is said
+/// in it.
+async fn ask(names: Rc<dns::Pod>, conn: Box<Captured>, cx: Rc<Context>) {
+    if let Some(conn) = dns::serve_connection(&names, conn).await {
+        outbound::serve(conn, &cx).await;
+    }
+}
+
+/// Answers the pod's questions until that is forced to end.
+async fn answer((id, socket, by): (PodId, QuestionSocket, Accepting), pod: Rc<dns::Pod>) {
+    match Questions::new(socket) {
+        Ok(questions) => dns::serve(pod, questions).await,
+        Err(error) => by.cannot_serve(id, error, pod.context()).await,
+    }
+}
+
 async fn accept(
     (id, (listener, arrival), by): (PodId, (std::net::TcpListener, Arrival), Accepting),
     context: Rc<Context>,
@@ -412,10 +500,7 @@ async fn accept(
     let listener = match Listener::new(listener, arrival) {
         Ok(listener) => listener,
         Err(error) => {
-            // Whoever arrives here would wait for ever: others must know.
-            if by.unserved.send(Unserved { id, error }).await.is_err() {
-                error!(pod = %context.pod, "cannot serve a listener of the pod");
-            }
+            by.cannot_serve(id, error, &context).await;
             return;
         }
     };
@@ -449,6 +534,13 @@ async fn accept(
 }
 
 impl Accepting {
+    /// Whoever arrives there would wait for ever: others must know.
+    async fn cannot_serve(&self, id: PodId, error: io::Error, context: &Context) {
+        if self.unserved.send(Unserved { id, error }).await.is_err() {
+            error!(pod = %context.pod, "cannot serve a listener of the pod");
+        }
+    }
+
     /// The next connection, for which there is a second descriptor. Cancel safe.
     async fn accept(&self, listener: &Listener) -> io::Result<Captured> {
         self.descriptors.keep_spare()?;

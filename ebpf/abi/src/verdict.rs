@@ -43,7 +43,8 @@ macro_rules! verdicts {
 }
 
 verdicts! {
-    /// What `connect4`, `connect6` and `setsockopt` decided about a TCP socket of an enrolled pod.
+    /// What `connect4`, `connect6` and `setsockopt` decided about a TCP socket of an enrolled pod, and
+    /// `connect` and `sendmsg` about a question to a resolver.
     ConnectVerdict {
         /// Bound to `lo`: it reaches us or nobody.
         Captured = "captured",
@@ -61,6 +62,10 @@ verdicts! {
         BindFailed = "bind_failed",
         /// The socket was past its connect and should have left `lo`: refused.
         RebindRefused = "rebind_refused",
+        /// A question to a resolver: it reaches us or nobody.
+        DnsCaptured = "dns_captured",
+        /// A question to a resolver that could not be given a stand-in: refused.
+        DnsRefused = "dns_refused",
     }
 }
 
@@ -75,6 +80,10 @@ verdicts! {
         /// From loopback to somewhere else: a connection that found no address to leave with. Dropped,
         /// so that a dial of ours that went astray never comes back to us.
         LoopRefused = "loop_refused",
+        /// A question to a resolver, given to a worker.
+        Dns = "dns",
+        /// A question to a resolver, and nobody listens: refused.
+        DnsNoListener = "dns_no_listener",
         /// Inside the pod: loopback, our own dial to the application, or the pod dialling itself.
         InsidePod = "inside_pod",
         /// HBONE, given to a worker.

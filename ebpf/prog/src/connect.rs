@@ -1,11 +1,12 @@
 //! `connect4` and `connect6`: take a connecting socket, bind it to `lo` if it belongs to an enrolled
-//! pod and nothing exempts it, give 1 (go on) or 0 (refuse). They never rewrite the destination.
+//! pod and nothing exempts it, give 1 (go on) or 0 (refuse). They never rewrite the destination of a
+//! connection; what asks a resolver by datagrams is `dns`'s matter.
 
 use core::ptr::{addr_of, null_mut};
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{bpf_sock, bpf_sock_addr},
+    bindings::bpf_sock,
     helpers::{bpf_get_netns_cookie, bpf_setsockopt, generated::bpf_sk_storage_get},
     maps::lpm_trie::Key,
     programs::SockAddrContext,
@@ -14,26 +15,42 @@ use ebpf_abi::{
     Address, CIDR_COOKIE_BITS, CidrKey, ConnectVerdict, OutboundRules, holds_address, holds_port,
 };
 
-use crate::maps::{CIDRS, CONNECT_VERDICTS, OURS, PODS, count};
+use crate::{
+    dns,
+    maps::{CIDRS, CONNECT_VERDICTS, OURS, PODS, count},
+};
 
 #[inline(always)]
 pub(crate) fn connect4(ctx: &SockAddrContext) -> bool {
+    if is_datagram(ctx) {
+        return dns::connect4(ctx);
+    }
     let Some((cookie, rules)) = pod_of(ctx) else {
         return true;
     };
-    // SAFETY: the verifier checks the offset and width of every context read. Volatile, because the
-    // kernel translates single-word loads only, and the compiler would join neighbours.
-    let word = unsafe { addr_of!((*ctx.sock_addr).user_ip4).read_volatile() };
-    judge(ctx, cookie, rules, Address::from_v4(word))
+    judge(ctx, cookie, rules, address_v4(ctx))
 }
 
 #[inline(always)]
 pub(crate) fn connect6(ctx: &SockAddrContext) -> bool {
+    if is_datagram(ctx) {
+        return dns::connect6(ctx);
+    }
     let Some((cookie, rules)) = pod_of(ctx) else {
         return true;
     };
-    let words = addr_of_words(ctx.sock_addr);
-    judge(ctx, cookie, rules, Address(words))
+    judge(ctx, cookie, rules, address_v6(ctx))
+}
+
+/// Whether the socket speaks UDP.
+#[inline(always)]
+pub(crate) fn is_datagram(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the verifier checks the offset and width of every context read. Volatile, because the
+    // kernel translates single-word loads only, and the compiler would join neighbours.
+    let kind = unsafe { addr_of!((*ctx.sock_addr).type_).read_volatile() };
+    // SAFETY: a context read, as above.
+    let protocol = unsafe { addr_of!((*ctx.sock_addr).protocol).read_volatile() };
+    kind == SOCK_DGRAM && protocol == IPPROTO_UDP
 }
 
 /// The pod that the socket belongs to, if it is enrolled and the socket speaks TCP.
@@ -84,16 +101,7 @@ fn verdict(
         // A socket bound to `lo` that dials the pod's own address would never be answered.
         return ConnectVerdict::OwnAddress;
     }
-    // SAFETY: a context read, as above.
-    let port = unsafe { addr_of!((*ctx.sock_addr).user_port).read_volatile() };
-    // The low half holds the port in network order.
-    #[expect(
-        clippy::as_conversions,
-        clippy::cast_possible_truncation,
-        reason = "the low half"
-    )]
-    let port = u16::from_be(port as u16);
-    if holds_port(&rules.excluded_ports, port) {
+    if holds_port(&rules.excluded_ports, port(ctx)) {
         return ConnectVerdict::ExcludedPort;
     }
     if rules.has_cidrs != 0 {
@@ -152,25 +160,49 @@ fn bind_to_lo(ctx: &SockAddrContext, socket: *mut bpf_sock) -> bool {
     refused == 0
 }
 
+/// The destination's port in host order; of `recvmsg` and `getpeername` the peer's.
 #[inline(always)]
-fn addr_of_words(context: *mut bpf_sock_addr) -> [u32; 4] {
+pub(crate) fn port(ctx: &SockAddrContext) -> u16 {
+    // SAFETY: a context read, as above.
+    let port = unsafe { addr_of!((*ctx.sock_addr).user_port).read_volatile() };
+    // The low half holds the port in network order.
+    #[expect(
+        clippy::as_conversions,
+        clippy::cast_possible_truncation,
+        reason = "the low half"
+    )]
+    u16::from_be(port as u16)
+}
+
+/// The destination, of `recvmsg` and `getpeername` the peer, of an IPv4 hook.
+#[inline(always)]
+pub(crate) fn address_v4(ctx: &SockAddrContext) -> Address {
+    // SAFETY: a context read, as above.
+    Address::from_v4(unsafe { addr_of!((*ctx.sock_addr).user_ip4).read_volatile() })
+}
+
+/// Likewise of an IPv6 hook, which also sees v4-mapped ones.
+#[inline(always)]
+pub(crate) fn address_v6(ctx: &SockAddrContext) -> Address {
     // SAFETY: context reads, as above, one word each.
-    unsafe {
-        let words = addr_of!((*context).user_ip6).cast::<u32>();
+    Address(unsafe {
+        let words = addr_of!((*ctx.sock_addr).user_ip6).cast::<u32>();
         [
             words.read_volatile(),
             words.add(1).read_volatile(),
             words.add(2).read_volatile(),
             words.add(3).read_volatile(),
         ]
-    }
+    })
 }
 
 pub(crate) const SOCK_STREAM: u32 = 1;
+const SOCK_DGRAM: u32 = 2;
 pub(crate) const IPPROTO_TCP: u32 = 6;
+const IPPROTO_UDP: u32 = 17;
 pub(crate) const IPPROTO_MPTCP: u32 = 262;
 pub(crate) const SOL_SOCKET: i32 = 1;
 pub(crate) const SO_BINDTOIFINDEX: i32 = 62;
 pub(crate) const INDEX_BYTES: i32 = 4;
 /// The kernel gives every network namespace's `lo` this index.
-const LOOPBACK_IFINDEX: u32 = 1;
+pub(crate) const LOOPBACK_IFINDEX: u32 = 1;

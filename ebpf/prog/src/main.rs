@@ -12,6 +12,7 @@
 )]
 
 mod connect;
+mod dns;
 mod maps;
 mod setsockopt;
 mod sk_lookup;
@@ -31,6 +32,46 @@ pub(crate) fn on_connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub(crate) fn on_connect6(ctx: SockAddrContext) -> i32 {
     connect::connect6(&ctx).into()
+}
+
+/// `cgroup/sendmsg4`: 1 lets the datagram go on, 0 refuses it with EPERM.
+#[cgroup_sock_addr(sendmsg4)]
+pub(crate) fn on_sendmsg4(ctx: SockAddrContext) -> i32 {
+    dns::ask4(&ctx).into()
+}
+
+/// `cgroup/sendmsg6`: likewise.
+#[cgroup_sock_addr(sendmsg6)]
+pub(crate) fn on_sendmsg6(ctx: SockAddrContext) -> i32 {
+    dns::ask6(&ctx).into()
+}
+
+/// `cgroup/recvmsg4`: always 1, the kernel takes nothing else.
+#[cgroup_sock_addr(recvmsg4)]
+pub(crate) fn on_recvmsg4(ctx: SockAddrContext) -> i32 {
+    dns::show4(&ctx);
+    1
+}
+
+/// `cgroup/recvmsg6`: likewise.
+#[cgroup_sock_addr(recvmsg6)]
+pub(crate) fn on_recvmsg6(ctx: SockAddrContext) -> i32 {
+    dns::show6(&ctx);
+    1
+}
+
+/// `cgroup/getpeername4`: likewise.
+#[cgroup_sock_addr(getpeername4)]
+pub(crate) fn on_getpeername4(ctx: SockAddrContext) -> i32 {
+    dns::show4(&ctx);
+    1
+}
+
+/// `cgroup/getpeername6`: likewise.
+#[cgroup_sock_addr(getpeername6)]
+pub(crate) fn on_getpeername6(ctx: SockAddrContext) -> i32 {
+    dns::show6(&ctx);
+    1
 }
 
 /// `cgroup/setsockopt`: 1 lets the call go on or says that it is done, 0 refuses it.

@@ -4,11 +4,11 @@
 use aya_ebpf::{
     btf_maps::SkStorage,
     macros::{btf_map, map},
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockMap},
 };
 use ebpf_abi::{
-    CidrKey, ConnectVerdict, InboundRules, LISTENER_SLOTS, LookupVerdict, MAX_CIDRS, MAX_PODS,
-    OutboundRules,
+    Address, CidrKey, ConnectVerdict, InboundRules, LISTENER_SLOTS, LookupVerdict, MAX_CIDRS,
+    MAX_PODS, MAX_RESOLVERS, OutboundRules, ResolverKey,
 };
 
 #[map]
@@ -16,6 +16,10 @@ pub(crate) static PODS: HashMap<u64, OutboundRules> = HashMap::with_max_entries(
 
 #[map]
 pub(crate) static CIDRS: LpmTrie<CidrKey, u8> = LpmTrie::with_max_entries(MAX_CIDRS, 0);
+
+#[map]
+pub(crate) static RESOLVERS: LruHashMap<ResolverKey, Address> =
+    LruHashMap::with_max_entries(MAX_RESOLVERS, 0);
 
 #[btf_map]
 pub(crate) static OURS: SkStorage<u32> = SkStorage::new();

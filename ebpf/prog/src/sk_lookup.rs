@@ -22,17 +22,33 @@ use crate::maps::{LISTENERS, LOOKUP_VERDICTS, POD, count};
 pub(crate) fn steer(ctx: &SkLookupContext) -> u32 {
     // SAFETY: the verifier checks the offset and width of every context read. Volatile, because the
     // kernel translates single-word loads only, and the compiler would join neighbours.
-    if unsafe { addr_of!((*ctx.lookup).protocol).read_volatile() } != IPPROTO_TCP {
-        return SK_PASS; // UDP is not ours
+    let protocol = unsafe { addr_of!((*ctx.lookup).protocol).read_volatile() };
+    if protocol != IPPROTO_TCP && !asks_resolver(ctx.lookup) {
+        return SK_PASS; // other datagrams are not ours
     }
     let Some(rules) = POD.get(0) else {
         return SK_DROP; // an array has its only entry; without rules nothing is admitted
     };
-    let verdict = verdict(ctx, rules);
+    let verdict = if protocol == IPPROTO_TCP {
+        verdict(ctx, rules)
+    } else if rules.dns != u32::from(local_port(ctx.lookup)) {
+        return SK_PASS; // nor is this
+    } else {
+        assign(
+            ctx,
+            rules,
+            ListenerKind::Dns,
+            LookupVerdict::Dns,
+            LookupVerdict::DnsNoListener,
+        )
+    };
     count(&LOOKUP_VERDICTS, verdict.index());
     match verdict {
         // A listener of ours was assigned.
-        LookupVerdict::Outbound | LookupVerdict::Hbone | LookupVerdict::PlaintextProxied => SK_PASS,
+        LookupVerdict::Outbound
+        | LookupVerdict::Hbone
+        | LookupVerdict::PlaintextProxied
+        | LookupVerdict::Dns => SK_PASS,
         // Nothing was assigned: the kernel looks for the application's listener.
         LookupVerdict::InsidePod
         | LookupVerdict::ExcludedPort
@@ -41,6 +57,9 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> u32 {
         // Passing would hand it to whatever wildcard listener the application has. On `lo` no reset
         // can be routed back from the foreign address, so the connection waits (6.18).
         LookupVerdict::OutboundNoListener
+        // PROTOCOL.md#dns-nobody
+        // The kernel says that nobody listens there, which a connected socket is told.
+        | LookupVerdict::DnsNoListener
         // To `::1` it can, and the connection is refused at once.
         | LookupVerdict::LoopRefused
         // From outside, the kernel answers a dropped lookup with a reset: refused at once.
@@ -79,14 +98,7 @@ fn verdict(ctx: &SkLookupContext, rules: &InboundRules) -> LookupVerdict {
     if holds_address(&rules.addresses, &remote_address(ctx.lookup)) {
         return LookupVerdict::InsidePod;
     }
-    // SAFETY: a context read, as above; this field is in host order.
-    let port = unsafe { addr_of!((*ctx.lookup).local_port).read_volatile() };
-    #[expect(
-        clippy::as_conversions,
-        clippy::cast_possible_truncation,
-        reason = "a port"
-    )]
-    let port = port as u16;
+    let port = local_port(ctx.lookup);
     if port == HBONE_PORT {
         return assign(
             ctx,
@@ -137,6 +149,28 @@ fn assign(
         Ok(()) => given,
         Err(NO_SUCH_ENTRY) => missing,
         Err(_) => LookupVerdict::AssignFailed,
+    }
+}
+
+/// Whether a datagram was sent inside the pod to what may be a resolver's stand-in.
+#[inline(always)]
+fn asks_resolver(context: *mut bpf_sk_lookup) -> bool {
+    // SAFETY: a context read, as above.
+    let interface = unsafe { addr_of!((*context).ingress_ifindex).read_volatile() };
+    interface == LOOPBACK_IFINDEX && local_address(context).stand_in_number().is_some()
+}
+
+#[inline(always)]
+fn local_port(context: *mut bpf_sk_lookup) -> u16 {
+    // SAFETY: a context read, as above; this field is in host order.
+    let port = unsafe { addr_of!((*context).local_port).read_volatile() };
+    #[expect(
+        clippy::as_conversions,
+        clippy::cast_possible_truncation,
+        reason = "a port"
+    )]
+    {
+        port as u16
     }
 }
 

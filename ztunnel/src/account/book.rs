@@ -158,10 +158,12 @@ impl Accounts {
     #[must_use]
     pub fn encode(&self) -> String {
         let mut families = process::families();
+        let mut distributions = Vec::new();
         self.0.sources.with(|sources| {
             families.extend(sources.iter().flat_map(|source| source.families()));
+            distributions.extend(sources.iter().flat_map(|source| source.distributions()));
         });
-        page::encode(&self.0.books, families)
+        page::encode(&self.0.books, families, distributions)
     }
 }
 

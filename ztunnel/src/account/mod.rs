@@ -17,7 +17,7 @@ mod source;
 pub use book::{Accounts, Book, Socket};
 pub use ledger::{Learned, Ledger, Opening};
 pub use open::OpenConnection;
-pub use source::{Family, Kind, Row, Source};
+pub use source::{Distribution, Family, Kind, Row, Source};
 
 #[cfg(test)]
 mod tests;

@@ -15,15 +15,20 @@ use prometheus_client::registry::Registry;
 
 use super::book::{Book, Traffic};
 use super::labels::{Labels, Series};
-use super::source::{Family, Kind, Row};
+use super::source::{Distribution, Family, Kind, Row};
 use crate::model::{Direction, Reason, SecurityPolicy};
 
 /// The page of these books and rows.
-pub(super) fn encode(books: &[Book], families: Vec<Family>) -> String {
+pub(super) fn encode(
+    books: &[Book],
+    families: Vec<Family>,
+    distributions: Vec<Distribution>,
+) -> String {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Page {
         traffic: books.iter().flat_map(Book::all_traffic).collect(),
         families: own(books).into_iter().chain(families).collect(),
+        distributions,
     }));
     let mut text = String::new();
     if let Err(error) = prometheus_client::encoding::text::encode(&mut text, &registry) {
@@ -37,6 +42,7 @@ pub(super) fn encode(books: &[Book], families: Vec<Family>) -> String {
 struct Page {
     traffic: Vec<Arc<Traffic>>,
     families: Vec<Family>,
+    distributions: Vec<Distribution>,
 }
 
 /// The sum of one label set over all workers.
@@ -87,6 +93,23 @@ impl Collector for Page {
                 }
             }
         }
+        let mut distributions = BTreeMap::<_, Vec<&Distribution>>::new();
+        for distribution in &self.distributions {
+            let same_name = distributions.entry(distribution.name).or_default();
+            same_name.push(distribution);
+        }
+        for (name, same_name) in distributions {
+            let help = same_name.first().map_or("", |first| first.help);
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for row in same_name {
+                metric.encode_family(row)?.encode_histogram::<NoLabelSet>(
+                    row.sum,
+                    row.count,
+                    &row.buckets,
+                    None,
+                )?;
+            }
+        }
         Ok(())
     }
 }
@@ -104,10 +127,22 @@ impl Sum {
 
 impl EncodeLabelSet for Row {
     fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        self.labels
-            .iter()
-            .try_for_each(|(name, value)| (*name, &**value).encode(encoder.encode_label()))
+        encode_labels(&self.labels, encoder)
     }
+}
+
+impl EncodeLabelSet for Distribution {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        encode_labels(&self.labels, encoder)
+    }
+}
+
+fn encode_labels(
+    labels: &[(&'static str, Cow<'static, str>)],
+    encoder: &mut LabelSetEncoder<'_>,
+) -> fmt::Result {
+    let mut labels = labels.iter();
+    labels.try_for_each(|(name, value)| (*name, &**value).encode(encoder.encode_label()))
 }
 
 /// Our own families: every connection, also those that ended before their labels were known.

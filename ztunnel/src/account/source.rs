@@ -9,6 +9,28 @@ pub trait Source: fmt::Debug + Send + Sync {
     /// The rows as they are now. Called on the control thread for each scrape; may make system
     /// calls, must not wait.
     fn families(&self) -> Vec<Family>;
+
+    /// The rows that are distributions; most have none.
+    fn distributions(&self) -> Vec<Distribution> {
+        Vec::new()
+    }
+}
+
+/// How some values are distributed: one row of a histogram.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Distribution {
+    /// As of a [`Family`].
+    pub name: &'static str,
+    /// One line for people.
+    pub help: &'static str,
+    /// Name and value of each label, from closed sets or the snapshot.
+    pub labels: Vec<(&'static str, Cow<'static, str>)>,
+    /// The sum of all values, in base units.
+    pub sum: f64,
+    /// How many there were.
+    pub count: u64,
+    /// Upper bounds, the last one `f64::INFINITY`, and how many values lay between each and the one before.
+    pub buckets: Vec<(f64, u64)>,
 }
 
 /// What a value means.

@@ -25,6 +25,7 @@ use super::{
     owner::Claim,
     pins::{self, Generation},
     preflight,
+    questions::Resolvers,
     sys::{self, CgroupHook},
 };
 
@@ -41,6 +42,8 @@ pub struct Params {
     /// The mark of our sockets that leave pods, so that rules of others in the pod, such as those of
     /// istio-cni, let them through. Nothing of ours goes by it.
     pub mark: Option<u32>,
+    /// Whether questions to resolvers are captured in any pod.
+    pub dns: bool,
 }
 
 /// The kernel side of this node process. Dropping it changes nothing: pods stay captured.
@@ -69,7 +72,7 @@ impl Capture {
         let claim = Claim::serve(&params.pin_dir)?;
         pins::clean(&params.pin_dir)?;
         let found = pins::generations(&params.pin_dir)?;
-        let mut loader = Loader::new();
+        let mut loader = Loader::new(params.dns);
         let (generation, maps) = match found.first() {
             Some(newest) if adoptable(newest) => loader.adopt(newest)?,
             _ => loader.replace(&params.pin_dir, &found)?,
@@ -78,6 +81,10 @@ impl Capture {
             pins::remove(&old.dir)?;
         }
         let ours = Arc::new(maps::ours(&generation.dir)?);
+        let resolvers = match params.dns {
+            true => Some(Arc::new(Resolvers::open(&generation.dir)?)),
+            false => None,
+        };
         let state = State {
             loader,
             maps,
@@ -90,6 +97,7 @@ impl Capture {
             listeners: params.workers,
             mark: params.mark,
             ours,
+            resolvers,
             state: Lock::new(state),
             _claim: claim,
         });
@@ -169,6 +177,8 @@ pub(super) struct Node {
     pub(super) listeners: usize,
     pub(super) mark: Option<u32>,
     pub(super) ours: Arc<OwnedFd>,
+    /// None where questions to resolvers are not captured.
+    pub(super) resolvers: Option<Arc<Resolvers>>,
     state: Lock,
     _claim: Claim,
 }
@@ -204,27 +214,35 @@ impl fmt::Debug for Node {
 }
 
 /// Loads programs from the embedded object against pinned maps.
-pub(super) struct Loader(EbpfLoader<'static>);
+pub(super) struct Loader {
+    objects: EbpfLoader<'static>,
+    dns: bool,
+}
 
 impl Loader {
-    fn new() -> Self {
-        let mut loader = EbpfLoader::new();
+    fn new(dns: bool) -> Self {
+        let mut objects = EbpfLoader::new();
         // Nothing of ours depends on the kernel's own types.
-        loader.btf(None);
-        Self(loader)
+        objects.btf(None);
+        Self { objects, dns }
     }
 
     /// Swaps in this binary's programs over the pinned maps.
     fn adopt(&mut self, found: &Generation) -> Result<(Generation, NodeMaps), Error> {
         tracing::info!(pins = %found.dir.display(), "adopting pinned capture");
         let mut object = self.object(&found.dir, None)?;
-        attach_node(&mut object, std::slice::from_ref(&found.dir), &found.dir)?;
+        let mut maps = NodeMaps::take(&mut object)?;
+        if !self.dns {
+            // The process before may have captured DNS; its pods may be enrolled much later.
+            maps.release_questions()?;
+        }
+        self.attach_node(&mut object, std::slice::from_ref(&found.dir), &found.dir)?;
         let adopted = Generation {
             number: found.number,
             abi: found.abi,
             dir: found.dir.clone(),
         };
-        Ok((adopted, NodeMaps::take(&mut object)?))
+        Ok((adopted, maps))
     }
 
     /// Builds a new generation, with every pod of the old ones in it, before the first program is
@@ -248,9 +266,12 @@ impl Loader {
         pins::create(&unfinished.dir)?;
         pins::create(&unfinished.dir.join(pins::PODS))?;
         // The old process may still be draining: the sockets that it tags must stay exempt.
-        if let Some(old) = old.iter().find(|old| maps::OURS.is_at(&old.dir)) {
-            let pin = unfinished.dir.join(maps::OURS.name);
-            sys::object_pin(maps::ours(&old.dir)?, &pin).map_err(Error::pin(&pin))?;
+        for shape in [&maps::OURS, &maps::RESOLVERS] {
+            if let Some(old) = old.iter().find(|old| shape.is_at(&old.dir)) {
+                let pin = unfinished.dir.join(shape.name);
+                let map = maps::descriptor(&old.dir, shape.name)?;
+                sys::object_pin(map, &pin).map_err(Error::pin(&pin))?;
+            }
         }
         let mut object = self.object(&unfinished.dir, None)?;
         let mut maps = NodeMaps::take(&mut object)?;
@@ -260,7 +281,7 @@ impl Loader {
             }
         }
         let old = old.iter().map(|old| old.dir.clone()).collect::<Vec<_>>();
-        attach_node(&mut object, &old, &unfinished.dir)?;
+        self.attach_node(&mut object, &old, &unfinished.dir)?;
         pins::publish(&unfinished.dir, &next.dir)?;
         tracing::info!(pins = %next.dir.display(), "capture loaded");
         Ok((next, maps))
@@ -279,7 +300,7 @@ impl Loader {
         if dir.exists() || pins::netns_inode(&was).unwrap_or_default() == Some(0) {
             return Ok(());
         }
-        let (outbound, inbound) = maps::closed_rules()?;
+        let (outbound, inbound) = maps::closed_rules(self.dns)?;
         maps.put_pod(cookie, &outbound)?;
         pins::create(&dir)?;
         let mut object = self.object(&into.dir, Some(&dir))?;
@@ -303,14 +324,45 @@ impl Loader {
     /// pinned. Without a pod's directory the pod's maps are made, and go with the object.
     pub(super) fn object(&mut self, node: &Path, pod: Option<&Path>) -> Result<Ebpf, Error> {
         for shape in &NODE_MAPS {
-            self.0.map_pin_path(shape.name, node.join(shape.name));
+            self.objects.map_pin_path(shape.name, node.join(shape.name));
         }
         if let Some(pod) = pod {
             for shape in &POD_MAPS {
-                self.0.map_pin_path(shape.name, pod.join(shape.name));
+                self.objects.map_pin_path(shape.name, pod.join(shape.name));
             }
         }
-        Ok(self.0.load(OBJECT)?)
+        Ok(self.objects.load(OBJECT)?)
+    }
+
+    /// Puts the node's programs on its links pinned in `old`, or on new ones; all are pinned in `dir`
+    /// afterwards. The guard comes first: no socket is ever bound to `lo` without it. What shows a
+    /// resolver in the place of its stand-in comes before what puts stand-ins there, and goes after it.
+    fn attach_node(&self, object: &mut Ebpf, old: &[PathBuf], dir: &Path) -> Result<(), Error> {
+        let name = program::SETSOCKOPT;
+        let guard: &mut CgroupSockopt = program_of(object, name)?;
+        guard.load().map_err(Error::program(name))?;
+        let fd = guard.fd().map_err(Error::program(name))?;
+        attach_to_root(
+            fd,
+            name,
+            CgroupHook::Setsockopt,
+            old,
+            &dir.join(pins::SETSOCKOPT),
+        )?;
+        if self.dns {
+            for (name, hook, link) in DNS {
+                attach_address(object, name, hook, old, &dir.join(link))?;
+            }
+        } else {
+            // A process before this one may have captured DNS.
+            for (_, _, link) in DNS.iter().rev() {
+                pins::remove_file(&dir.join(link))?;
+            }
+        }
+        for (name, hook, link) in CONNECT {
+            attach_address(object, name, hook, old, &dir.join(link))?;
+        }
+        Ok(())
     }
 }
 
@@ -320,27 +372,18 @@ fn adoptable(generation: &Generation) -> bool {
     generation.abi == ABI_VERSION && NODE_MAPS.iter().all(|shape| shape.is_at(&generation.dir))
 }
 
-/// Puts the node's programs on its links pinned in `old`, or on new ones; all are pinned in `dir`
-/// afterwards. The guard comes first: no socket is ever bound to `lo` without it.
-fn attach_node(object: &mut Ebpf, old: &[PathBuf], dir: &Path) -> Result<(), Error> {
-    let name = program::SETSOCKOPT;
-    let guard: &mut CgroupSockopt = program_of(object, name)?;
-    guard.load().map_err(Error::program(name))?;
-    let fd = guard.fd().map_err(Error::program(name))?;
-    attach_to_root(
-        fd,
-        name,
-        CgroupHook::Setsockopt,
-        old,
-        &dir.join(pins::SETSOCKOPT),
-    )?;
-    for (name, hook, link) in CONNECT {
-        let connect: &mut CgroupSockAddr = program_of(object, name)?;
-        connect.load().map_err(Error::program(name))?;
-        let fd = connect.fd().map_err(Error::program(name))?;
-        attach_to_root(fd, name, hook, old, &dir.join(link))?;
-    }
-    Ok(())
+/// Loads a program that sees addresses, and attaches it.
+fn attach_address(
+    object: &mut Ebpf,
+    name: &'static str,
+    hook: CgroupHook,
+    old: &[PathBuf],
+    pin: &Path,
+) -> Result<(), Error> {
+    let program: &mut CgroupSockAddr = program_of(object, name)?;
+    program.load().map_err(Error::program(name))?;
+    let fd = program.fd().map_err(Error::program(name))?;
+    attach_to_root(fd, name, hook, old, pin)
 }
 
 /// Swaps the program into the first living link of `old` with the name of `pin`, or attaches it
@@ -408,9 +451,28 @@ fn pin_link(link: FdLink, pin: &Path) -> Result<(), Error> {
     })
 }
 
-const CONNECT: [(&str, CgroupHook, &str); 2] = [
+type Hook = (&'static str, CgroupHook, &'static str);
+
+const CONNECT: [Hook; 2] = [
     (program::CONNECT4, CgroupHook::Connect4, pins::CONNECT4),
     (program::CONNECT6, CgroupHook::Connect6, pins::CONNECT6),
+];
+
+const DNS: [Hook; 6] = [
+    (program::RECVMSG4, CgroupHook::Recvmsg4, pins::RECVMSG4),
+    (program::RECVMSG6, CgroupHook::Recvmsg6, pins::RECVMSG6),
+    (
+        program::GETPEERNAME4,
+        CgroupHook::Getpeername4,
+        pins::GETPEERNAME4,
+    ),
+    (
+        program::GETPEERNAME6,
+        CgroupHook::Getpeername6,
+        pins::GETPEERNAME6,
+    ),
+    (program::SENDMSG4, CgroupHook::Sendmsg4, pins::SENDMSG4),
+    (program::SENDMSG6, CgroupHook::Sendmsg6, pins::SENDMSG6),
 ];
 
 /// What `cargo xtask setup` built.

@@ -85,6 +85,26 @@ impl Dialer {
         Ok(socket)
     }
 
+    /// A socket for questions to a resolver at `destination`, nonblocking, in the pod's namespace,
+    /// whose datagrams leave the pod directly.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, or the kernel refuses the socket.
+    pub fn question_socket(&self, destination: IpAddr) -> io::Result<Socket> {
+        let domain = match destination.to_canonical() {
+            IpAddr::V4(_) => Domain::IPV4,
+            IpAddr::V6(_) => Domain::IPV6,
+        };
+        let make = || Socket::new(domain, Type::DGRAM.nonblocking(), Some(Protocol::UDP));
+        let socket = self.netns.run(make)??;
+        match &self.exempt {
+            Exempt::ByTag(ours) => sys::socket_tag(ours, &socket)?,
+            Exempt::ByMark => {}
+        }
+        self.mark(&socket)?;
+        Ok(socket)
+    }
+
     /// A socket for a connection to the pod's application at `app`. The application sees `client` as
     /// its peer, unless that is unknown, of the other family, an address of the pod itself, or one
     /// that the kernel does not let us use.

@@ -2,13 +2,14 @@
 //! our ports. Takes pods, gives listeners on those ports and sockets that the rules let through; it
 //! changes nothing in the pod, and never listens on another port.
 
-use std::{path::Path, sync::Arc};
+use std::{fs, io, net::IpAddr, path::Path, sync::Arc};
 
 use super::{
-    Dialer, Error, Netns, NetnsCookie, PodSettings, WorkerListeners,
+    Asking, Dialer, Error, Netns, NetnsCookie, PodSettings, WorkerListeners,
     dial::Exempt,
-    listen::{self, Listening},
+    listen::{self, Hearing, Listening},
     pins,
+    questions::Meant,
 };
 
 /// What capture by somebody else must know of this node process.
@@ -24,6 +25,8 @@ pub struct ExternalParams {
     pub reuse_port: bool,
     /// Whether to listen on IPv6 too.
     pub ipv6: bool,
+    /// Whether to answer questions to resolvers.
+    pub dns: bool,
 }
 
 /// Capture by somebody else.
@@ -66,13 +69,26 @@ impl External {
             reuse_port: self.0.reuse_port,
             ipv6: self.0.ipv6,
         };
-        let (listeners, _) = listen::open(netns, self.0.workers, self.0.socks5, listening)?;
+        let hearing = match self.0.dns {
+            true => Some(Hearing {
+                meant: Meant::Own(resolvers()?.into()),
+                asking: Asking::new(true),
+            }),
+            false => None,
+        };
+        let opened = listen::open(
+            netns,
+            self.0.workers,
+            self.0.socks5,
+            listening,
+            hearing.as_ref(),
+        )?;
         let pod = ExternalPod {
             netns: Arc::clone(netns),
             mark: self.0.mark,
         };
         tracing::info!(cookie = %pod.cookie(), "pod served; somebody else redirects to us");
-        Ok((pod, listeners))
+        Ok((pod, opened.workers))
     }
 }
 
@@ -88,5 +104,47 @@ impl ExternalPod {
             self.mark,
             settings.own_addresses(),
         )
+    }
+}
+
+/// The resolvers of this process, which pods' questions that we cannot answer are passed on to.
+// PROTOCOL.md#dns-external
+fn resolvers() -> Result<Vec<IpAddr>, Error> {
+    let text = match fs::read_to_string(RESOLV_CONF) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(source) => return Err(Error::Resolvers(source)),
+    };
+    Ok(named(&text))
+}
+
+fn named(text: &str) -> Vec<IpAddr> {
+    let server = |line: &str| {
+        let mut words = line.split_whitespace();
+        let is_server = words.next() == Some("nameserver");
+        is_server.then(|| words.next()?.parse().ok()).flatten()
+    };
+    text.lines()
+        .filter_map(server)
+        .take(MAX_RESOLVERS)
+        .collect()
+}
+
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// As many as resolv.conf(5) may name.
+const MAX_RESOLVERS: usize = 3;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resolvers_are_the_first_three_that_have_an_address() {
+        let text = "# nameserver 192.0.2.9\nsearch a.b\nnameserver 10.96.0.10\n\
+                    nameserver\nnameserver fe80::1%eth0\n  nameserver\tfd00::a # ours\n\
+                    nameserver 192.0.2.3\nnameserver 192.0.2.4\n";
+        let wanted = ["10.96.0.10", "fd00::a", "192.0.2.3"];
+        let wanted: Vec<IpAddr> = wanted.iter().map(|text| text.parse().unwrap()).collect();
+        assert_eq!(named(text), wanted);
     }
 }

@@ -14,11 +14,13 @@ use aya::{
     },
 };
 use ebpf_abi::{
-    CidrKey, ConnectVerdict, InboundRules, LISTENER_SLOTS, ListenerKind, LookupVerdict, MAX_CIDRS,
-    MAX_PODS, OutboundRules, listener_slot, map,
+    Address, CidrKey, ConnectVerdict, InboundRules, LISTENER_SLOTS, ListenerKind, LookupVerdict,
+    MAX_CIDRS, MAX_PODS, MAX_RESOLVERS, OutboundRules, ResolverKey, listener_slot, map,
 };
 
-use super::{Error, NetnsCookie, PodSettings, WorkerListeners, sys};
+use super::{
+    Error, NetnsCookie, PodSettings, WorkerListeners, listen::DNS_PORT, settings::StandIns, sys,
+};
 
 /// How often one verdict was given since its counter was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +52,7 @@ pub(super) struct Shape {
 }
 
 /// The maps of the node process.
-pub(super) const NODE_MAPS: [Shape; 4] = [
+pub(super) const NODE_MAPS: [Shape; 5] = [
     Shape {
         name: map::PODS,
         kind: MapType::Hash,
@@ -66,6 +68,7 @@ pub(super) const NODE_MAPS: [Shape; 4] = [
         entries: MAX_CIDRS,
     },
     OURS,
+    RESOLVERS,
     Shape {
         name: map::CONNECT_VERDICTS,
         kind: MapType::PerCpuArray,
@@ -83,6 +86,16 @@ pub(super) const OURS: Shape = Shape {
     key: size_of::<i32>(),
     value: size_of::<u32>(),
     entries: 0,
+};
+
+/// The resolvers of stand-ins: carried over as it is where it has this shape, for a socket that is
+/// connected to a stand-in never asks anew.
+pub(super) const RESOLVERS: Shape = Shape {
+    name: map::RESOLVERS,
+    kind: MapType::LruHash,
+    key: size_of::<ResolverKey>(),
+    value: size_of::<Address>(),
+    entries: MAX_RESOLVERS,
 };
 
 /// The maps of one pod.
@@ -157,6 +170,28 @@ impl NodeMaps {
     pub(super) fn remove_pod(&mut self, cookie: NetnsCookie) -> Result<(), Error> {
         gone_is_fine(self.pods.remove(&cookie.0)).map_err(Error::map(map::PODS))?;
         self.replace_cidrs(cookie, &[])
+    }
+
+    /// Says whether an IPv6 stand-in is local to the pod, if it is enrolled.
+    pub(super) fn set_dns_v6(&mut self, cookie: NetnsCookie, v6: bool) -> Result<(), Error> {
+        let rules = match self.pods.get(&cookie.0, 0) {
+            Ok(rules) => rules,
+            Err(error) => return gone_is_fine(Err(error)).map_err(Error::map(map::PODS)),
+        };
+        let dns_v6 = u32::from(v6);
+        self.put_pod(cookie, &OutboundRules { dns_v6, ..rules })
+    }
+
+    /// From here on no pod's questions to resolvers are captured.
+    pub(super) fn release_questions(&mut self) -> Result<(), Error> {
+        let failed = Error::map(map::PODS);
+        let pods = self.pods.iter().collect::<Result<Vec<_>, _>>();
+        for (cookie, rules) in pods.map_err(&failed)? {
+            if rules.dns != 0 {
+                self.put_pod(NetnsCookie(cookie), &OutboundRules { dns: 0, ..rules })?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn pods(&self) -> Result<Vec<NetnsCookie>, Error> {
@@ -246,6 +281,13 @@ impl PodMaps {
                     .set(listener_slot(kind, worker), listener, 0)
                     .map_err(Error::map(map::LISTENERS))?;
             }
+            let slot = listener_slot(ListenerKind::Dns, worker);
+            match listeners.dns.first() {
+                Some(dns) => slots
+                    .set(slot, &dns.socket, 0)
+                    .map_err(Error::map(map::LISTENERS))?,
+                None => clear(&mut slots, slot),
+            }
         }
         Ok(())
     }
@@ -253,16 +295,9 @@ impl PodMaps {
     /// Empties the slots of workers that this process does not have.
     pub(super) fn clear_listeners(&self, from_worker: u32) -> Result<(), Error> {
         let mut slots = self.slots()?;
-        for kind in [
-            ListenerKind::Outbound,
-            ListenerKind::Hbone,
-            ListenerKind::Plaintext,
-        ] {
+        for kind in ListenerKind::ALL {
             for worker in from_worker..ebpf_abi::MAX_WORKERS {
-                // An empty slot is an error of many names (EINVAL, ENOENT by kernel version).
-                if slots.clear_index(&listener_slot(kind, worker)).is_err() {
-                    continue;
-                }
+                clear(&mut slots, listener_slot(kind, worker));
             }
         }
         Ok(())
@@ -300,18 +335,39 @@ pub(super) fn pod_counts(dir: &Path, cookie: NetnsCookie) -> Result<Vec<Count>, 
 
 /// The tags of our sockets, as a descriptor that all workers share.
 pub(super) fn ours(dir: &Path) -> Result<OwnedFd, Error> {
-    let path = dir.join(map::OURS);
+    descriptor(dir, map::OURS)
+}
+
+/// A map as nothing but a descriptor.
+pub(super) fn descriptor(dir: &Path, name: &'static str) -> Result<OwnedFd, Error> {
+    let path = dir.join(name);
     sys::object_get(&path).map_err(Error::pin(&path))
 }
 
 /// The rules of a pod whose settings are not known: everything captured, nothing admitted.
-pub(super) fn closed_rules() -> Result<(OutboundRules, InboundRules), Error> {
-    let settings = PodSettings::default();
+pub(super) fn closed_rules(dns: bool) -> Result<(OutboundRules, InboundRules), Error> {
+    let settings = PodSettings {
+        dns,
+        ..PodSettings::default()
+    };
     let base = InboundRules {
         sysctls_turned_on: 1,
         ..InboundRules::default()
     };
-    Ok((settings.outbound()?, settings.inbound(&base)?))
+    // Whether IPv6 is there, the next enrolment tells.
+    let stand_ins = StandIns {
+        port: DNS_PORT,
+        v6: false,
+    };
+    Ok((
+        settings.outbound(stand_ins)?,
+        settings.inbound(&base, stand_ins)?,
+    ))
+}
+
+/// An empty slot is an error of many names (EINVAL, ENOENT by kernel version).
+fn clear(slots: &mut SockMap<MapData>, slot: u32) {
+    drop(slots.clear_index(&slot));
 }
 
 fn pinned(dir: &Path, name: &'static str) -> Result<MapData, Error> {

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! <pin dir>/abi1-gen7/                 the node: maps by name, links connect4, connect6,
-//!                                      setsockopt
+//!                                      setsockopt; sendmsg4 and so on where DNS is captured
 //! <pin dir>/abi1-gen7/pods/<cookie>/   one pod: maps by name, link
 //! <pin dir>/abi1-gen7/pods/<cookie>/uid
 //!                                      a symbolic link to nowhere: what its source calls the pod
@@ -31,7 +31,25 @@ use super::{Error, NetnsCookie, sys};
 
 pub(super) const CONNECT4: &str = "connect4";
 pub(super) const CONNECT6: &str = "connect6";
+pub(super) const SENDMSG4: &str = "sendmsg4";
+pub(super) const SENDMSG6: &str = "sendmsg6";
+pub(super) const RECVMSG4: &str = "recvmsg4";
+pub(super) const RECVMSG6: &str = "recvmsg6";
+pub(super) const GETPEERNAME4: &str = "getpeername4";
+pub(super) const GETPEERNAME6: &str = "getpeername6";
 pub(super) const SETSOCKOPT: &str = "setsockopt";
+/// Every link to the cgroup.
+pub(super) const NODE_LINKS: [&str; 9] = [
+    CONNECT4,
+    CONNECT6,
+    SENDMSG4,
+    SENDMSG6,
+    RECVMSG4,
+    RECVMSG6,
+    GETPEERNAME4,
+    GETPEERNAME6,
+    SETSOCKOPT,
+];
 pub(super) const LINK: &str = "link";
 pub(super) const PODS: &str = "pods";
 const UID: &str = "uid";

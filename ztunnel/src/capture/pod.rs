@@ -1,18 +1,28 @@
 //! One pod's capture: takes its namespace and settings, gives listeners, a dialer and a way to change
 //! the settings. It never captures a connection before somebody can accept it.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use aya::programs::loaded_programs;
 use ebpf_abi::InboundRules;
 
 use super::{
-    Dialer, Error, Netns, NetnsCookie, PodSettings, WorkerListeners,
+    Asking, Dialer, Error, Netns, NetnsCookie, PodSettings, WorkerListeners,
     bpf::{self, Node, State},
     dial::Exempt,
-    listen::{self, Listening},
+    listen::{self, Hearing, Listening},
     maps::{POD_MAPS, PodMaps},
-    pins, route, sys,
+    pins,
+    questions::Meant,
+    route,
+    settings::StandIns,
+    sys,
     watch::Watch,
 };
 
@@ -22,6 +32,10 @@ pub struct PodCapture {
     node: Arc<Node>,
     netns: Arc<Netns>,
     watch: Watch,
+    asking: Asking,
+    dns_port: u16,
+    /// Whether the pod's `lo` speaks IPv6, as it was last seen. Changed under the node's lock.
+    v6: Arc<AtomicBool>,
     ports_displaced: bool,
 }
 
@@ -32,17 +46,35 @@ impl PodCapture {
         netns: &Arc<Netns>,
         settings: &PodSettings,
     ) -> Result<(Self, Vec<WorkerListeners>), Error> {
-        let outbound = settings.outbound()?;
+        // Before anything is changed: whether they fit.
+        settings.outbound(StandIns::default())?;
         let cookie = netns.cookie();
         let mut state = node.lock();
         let dir = node.generation.pod(cookie);
         let known = dir.exists();
         refuse_taken(netns, &dir)?;
         let watch = Watch::open(netns)?;
-        let turned_on = route::install(netns)?.turned_on;
+        let installed = route::install(netns, node.resolvers.is_some())?;
+        let turned_on = installed.turned_on;
         watch.forget();
-        let (listeners, ports_displaced) =
-            listen::open(netns, node.listeners, node.socks5, Listening::Steered)?;
+        let asking = Asking::new(settings.dns);
+        let hearing = node.resolvers.as_ref().map(|resolvers| Hearing {
+            meant: Meant::StoodFor(Arc::clone(resolvers), cookie),
+            asking: asking.clone(),
+        });
+        let steered = Listening::Steered { ours: &node.ours };
+        let opened = listen::open(
+            netns,
+            node.listeners,
+            node.socks5,
+            steered,
+            hearing.as_ref(),
+        )?;
+        let stand_ins = StandIns {
+            port: opened.dns_port,
+            v6: installed.v6,
+        };
+        let outbound = settings.outbound(stand_ins)?;
         let base = InboundRules {
             workers: node.workers,
             sysctls_turned_on: turned_on,
@@ -52,11 +84,12 @@ impl PodCapture {
             node,
             netns,
             settings,
+            stand_ins,
         };
         let prepared = if known && POD_MAPS.iter().all(|shape| shape.is_at(&dir)) {
-            entry.take_over(&mut state, &base, &listeners)
+            entry.take_over(&mut state, &base, &opened.workers)
         } else {
-            entry.publish(&mut state, &base, &listeners)
+            entry.publish(&mut state, &base, &opened.workers)
         };
         let captured = prepared
             .and_then(|()| state.maps.replace_cidrs(cookie, &settings.cidrs(cookie)))
@@ -70,14 +103,18 @@ impl PodCapture {
         }
         state.netns.insert(cookie, Arc::clone(netns));
         drop(state);
+        let ports_displaced = opened.displaced;
         tracing::info!(%cookie, adopted = known, ports_displaced, "pod captured");
         let pod = Self {
             node: Arc::clone(node),
             netns: Arc::clone(netns),
             watch,
+            asking,
+            dns_port: stand_ins.port,
+            v6: Arc::new(AtomicBool::new(stand_ins.v6)),
             ports_displaced,
         };
-        Ok((pod, listeners))
+        Ok((pod, opened.workers))
     }
 
     /// The pod's namespace, as the kernel side knows it.
@@ -97,17 +134,23 @@ impl PodCapture {
     /// # Errors
     /// The settings do not fit, or the pod was released.
     pub fn update(&self, settings: &PodSettings) -> Result<(), Error> {
-        let outbound = settings.outbound()?;
         let cookie = self.cookie();
         let mut state = self.node.lock();
+        let stand_ins = StandIns {
+            port: self.dns_port,
+            v6: self.v6.load(Ordering::Relaxed),
+        };
+        let outbound = settings.outbound(stand_ins)?;
         if !state.netns.contains_key(&cookie) {
             return Err(Error::NotEnrolled { cookie });
         }
         let mut pod = PodMaps::open(&self.node.generation.pod(cookie))?;
-        let inbound = settings.inbound(&pod.rules()?)?;
+        let inbound = settings.inbound(&pod.rules()?, stand_ins)?;
         pod.set_rules(&inbound)?;
         state.maps.replace_cidrs(cookie, &settings.cidrs(cookie))?;
-        state.maps.put_pod(cookie, &outbound)
+        state.maps.put_pod(cookie, &outbound)?;
+        self.asking.set(settings.dns);
+        Ok(())
     }
 
     /// Looks whether the pod has changed what capture needs in its namespace, and puts back what is
@@ -119,8 +162,14 @@ impl PodCapture {
         if !self.watch.is_disturbed(&self.netns)? {
             return Ok(false);
         }
-        let installed = route::install(&self.netns)?;
+        let installed = route::install(&self.netns, self.node.resolvers.is_some())?;
         self.watch.forget();
+        // IPv6 may have come to the pod's `lo`, or gone.
+        if self.v6.load(Ordering::Relaxed) != installed.v6 {
+            let mut state = self.node.lock();
+            state.maps.set_dns_v6(self.cookie(), installed.v6)?;
+            self.v6.store(installed.v6, Ordering::Relaxed);
+        }
         Ok(installed.was_missing)
     }
 
@@ -161,6 +210,7 @@ struct Entry<'a> {
     node: &'a Node,
     netns: &'a Netns,
     settings: &'a PodSettings,
+    stand_ins: StandIns,
 }
 
 impl Entry<'_> {
@@ -175,10 +225,11 @@ impl Entry<'_> {
         let dir = generation.pod(self.netns.cookie());
         let mut pod = PodMaps::open(&dir)?;
         let before = pod.rules()?;
-        let rules = self.settings.inbound(&InboundRules {
+        let base = InboundRules {
             sysctls_turned_on: before.sysctls_turned_on | base.sysctls_turned_on,
             ..*base
-        })?;
+        };
+        let rules = self.settings.inbound(&base, self.stand_ins)?;
         pod.put_listeners(listeners)?;
         pod.set_rules(&rules)?;
         pod.clear_listeners(base.workers)?;
@@ -201,7 +252,7 @@ impl Entry<'_> {
         let mut object = state.loader.object(&generation.dir, Some(&unfinished))?;
         let mut pod = PodMaps::open(&unfinished)?;
         pod.put_listeners(listeners)?;
-        pod.set_rules(&self.settings.inbound(base)?)?;
+        pod.set_rules(&self.settings.inbound(base, self.stand_ins)?)?;
         swap_or_attach(&mut object, self.netns, &dir, &unfinished)?;
         pins::remove(&dir)?;
         pins::publish(&unfinished, &dir)

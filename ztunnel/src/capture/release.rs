@@ -89,7 +89,7 @@ pub fn release_all(pin_dir: &Path) -> Result<Released, Error> {
     let generations = pins::generations(pin_dir)?;
     // First nobody is captured any more, then the rest goes.
     for generation in &generations {
-        for link in [pins::CONNECT4, pins::CONNECT6, pins::SETSOCKOPT] {
+        for link in pins::NODE_LINKS {
             detach(&generation.dir.join(link))?;
         }
     }

@@ -29,10 +29,13 @@ pub(super) struct Installed {
     pub(super) turned_on: u32,
     /// Whether anything was not as it should be.
     pub(super) was_missing: bool,
+    /// Whether `lo` speaks IPv6.
+    pub(super) v6: bool,
 }
 
-/// Installs everything; what is there already stays.
-pub(super) fn install(netns: &Netns) -> Result<Installed, Error> {
+/// Installs everything, with `dns` also what questions to resolvers need; what is there already
+/// stays.
+pub(super) fn install(netns: &Netns, dns: bool) -> Result<Installed, Error> {
     netns
         .run_apart(|| {
             let v6 = has_v6();
@@ -50,14 +53,19 @@ pub(super) fn install(netns: &Netns) -> Result<Installed, Error> {
                 accept(handle.link().set(up).execute().await, &[])
                     .map_err(route_error("set lo up"))?;
                 let mut added = false;
-                for wanted in wanted(v6, Some(&lo)) {
+                for wanted in wanted(v6, dns, Some(&lo)) {
                     added |= wanted.add(&handle).await?;
+                }
+                if v6 && !dns {
+                    // A process before this one may have captured DNS.
+                    stand_ins().remove(&handle).await?;
                 }
                 Ok(added)
             })?;
             Ok(Installed {
                 turned_on,
                 was_missing: added || turned_on != 0,
+                v6,
             })
         })
         .map_err(Error::NetnsEnter)?
@@ -81,7 +89,7 @@ pub(super) fn remove(netns: &Netns, turned_on: u32) -> Result<(), Error> {
                 }
             }
             on_netlink(async |handle| {
-                for wanted in wanted(v6, None) {
+                for wanted in wanted(v6, true, None) {
                     wanted.remove(&handle).await?;
                 }
                 Ok(())
@@ -96,7 +104,7 @@ enum Wanted {
 }
 
 /// Without the name of `lo` they match whatever name it had when they were added.
-fn wanted(v6: bool, lo: Option<&str>) -> Vec<Wanted> {
+fn wanted(v6: bool, dns: bool, lo: Option<&str>) -> Vec<Wanted> {
     let mut wanted = vec![
         Wanted::Rule(
             "IPv4 rule for marked replies",
@@ -116,19 +124,13 @@ fn wanted(v6: bool, lo: Option<&str>) -> Vec<Wanted> {
         ),
     ];
     if v6 {
-        let local = || {
-            RouteMessageBuilder::<Ipv6Addr>::new()
-                .output_interface(netns::LOOPBACK.get())
-                .kind(RouteType::Local)
-                .protocol(RouteProtocol::Static)
-        };
         wanted.push(Wanted::Rule(
             "IPv6 rule for marked replies",
             reply_rule(AddressFamily::Inet6),
         ));
         wanted.push(Wanted::Route(
             "IPv6 route for marked replies",
-            Box::new(local().table_id(REPLY_TABLE).build()),
+            Box::new(local_v6().table_id(REPLY_TABLE).build()),
         ));
         // PROTOCOL.md#v6-lo-rule
         // IPv4 takes any destination for local on a socket bound to `lo`; IPv6 wants a route. It has
@@ -136,7 +138,7 @@ fn wanted(v6: bool, lo: Option<&str>) -> Vec<Wanted> {
         // has no other route, our own dials among it, and we would accept them again.
         wanted.push(Wanted::Route(
             "IPv6 route for captured connections",
-            Box::new(local().table_id(CAPTURE_TABLE).build()),
+            Box::new(local_v6().table_id(CAPTURE_TABLE).build()),
         ));
         wanted.push(Wanted::Rule(
             "IPv6 rule for captured connections",
@@ -147,8 +149,32 @@ fn wanted(v6: bool, lo: Option<&str>) -> Vec<Wanted> {
                 lo.map(|lo| RuleAttribute::Oifname(lo.to_owned())),
             ),
         ));
+        if dns {
+            wanted.push(stand_ins());
+        }
     }
     wanted
+}
+
+// PROTOCOL.md#dns-stand-in
+/// The IPv6 ones; those of IPv4 are loopback addresses, and local without a route.
+fn stand_ins() -> Wanted {
+    let (prefix, bits) = ebpf_abi::STAND_INS_V6;
+    Wanted::Route(
+        "IPv6 route for stand-ins of resolvers",
+        Box::new(
+            local_v6()
+                .destination_prefix(Ipv6Addr::from(prefix), bits)
+                .build(),
+        ),
+    )
+}
+
+fn local_v6() -> RouteMessageBuilder<Ipv6Addr> {
+    RouteMessageBuilder::<Ipv6Addr>::new()
+        .output_interface(netns::LOOPBACK.get())
+        .kind(RouteType::Local)
+        .protocol(RouteProtocol::Static)
 }
 
 fn reply_rule(family: AddressFamily) -> Box<RuleMessage> {

@@ -25,6 +25,17 @@ pub struct PodSettings {
     pub excluded_outbound_cidrs: Vec<IpNet>,
     /// Ports of the pod that are reached without us.
     pub excluded_inbound_ports: Vec<u16>,
+    /// Its questions to resolvers are captured, if those of any pod are.
+    pub dns: bool,
+}
+
+/// Where a pod's questions to resolvers are answered, if they are captured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct StandIns {
+    /// The port of all stand-ins.
+    pub(super) port: u16,
+    /// Whether the pod's `lo` speaks IPv6.
+    pub(super) v6: bool,
 }
 
 /// What happens to connections from outside that are not HBONE.
@@ -48,16 +59,23 @@ impl PodSettings {
             .collect()
     }
 
-    pub(super) fn outbound(&self) -> Result<OutboundRules, Error> {
+    /// `dns` is where questions are answered.
+    pub(super) fn outbound(&self, dns: StandIns) -> Result<OutboundRules, Error> {
         Ok(OutboundRules {
             addresses: self.address_slots()?,
             excluded_ports: port_slots("excluded outbound ports", &self.excluded_outbound_ports)?,
             has_cidrs: u32::from(!self.excluded_outbound_cidrs.is_empty()),
+            dns: self.dns_port(dns),
+            dns_v6: u32::from(dns.v6),
         })
     }
 
     /// With the fields that are not the pod's to choose taken from `base`.
-    pub(super) fn inbound(&self, base: &InboundRules) -> Result<InboundRules, Error> {
+    pub(super) fn inbound(
+        &self,
+        base: &InboundRules,
+        dns: StandIns,
+    ) -> Result<InboundRules, Error> {
         Ok(InboundRules {
             addresses: self.address_slots()?,
             excluded_ports: port_slots("excluded inbound ports", &self.excluded_inbound_ports)?,
@@ -68,6 +86,7 @@ impl PodSettings {
             },
             workers: base.workers,
             sysctls_turned_on: base.sysctls_turned_on,
+            dns: self.dns_port(dns),
         })
     }
 
@@ -87,6 +106,10 @@ impl PodSettings {
                 (CIDR_COOKIE_BITS + bits, key)
             })
             .collect()
+    }
+
+    fn dns_port(&self, dns: StandIns) -> u32 {
+        if self.dns { dns.port.into() } else { 0 }
     }
 
     fn address_slots(&self) -> Result<[Address; MAX_ADDRESSES], Error> {
@@ -121,7 +144,7 @@ fn port_slots(what: &'static str, ports: &[u16]) -> Result<[u16; MAX_PORTS], Err
 }
 
 /// As the kernel's contexts show it: network order, IPv4 in its v4-mapped form.
-fn address(ip: IpAddr) -> Address {
+pub(super) fn address(ip: IpAddr) -> Address {
     let octets = match ip {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
         IpAddr::V6(v6) => v6.octets(),
@@ -172,7 +195,7 @@ mod tests {
             ..PodSettings::default()
         };
         assert!(matches!(
-            ports.outbound(),
+            ports.outbound(StandIns::default()),
             Err(Error::TooMany { max: 16, .. })
         ));
         let addresses = PodSettings {
@@ -180,11 +203,11 @@ mod tests {
             ..PodSettings::default()
         };
         assert!(matches!(
-            addresses.outbound(),
+            addresses.outbound(StandIns::default()),
             Err(Error::TooMany { max: 8, .. })
         ));
         assert!(matches!(
-            addresses.inbound(&InboundRules::default()),
+            addresses.inbound(&InboundRules::default(), StandIns::default()),
             Err(Error::TooMany { max: 8, .. })
         ));
     }

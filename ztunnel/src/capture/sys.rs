@@ -17,6 +17,8 @@ use std::{
     path::Path,
 };
 
+use ebpf_abi::{Address, ResolverKey};
+
 /// What a packet socket gave.
 #[derive(Debug)]
 pub(super) struct Received {
@@ -123,7 +125,13 @@ pub(super) fn object_pin(object: impl AsFd, path: &Path) -> io::Result<()> {
 pub(super) enum CgroupHook {
     Connect4 = 10,
     Connect6 = 11,
+    Sendmsg4 = 14,
+    Sendmsg6 = 15,
+    Recvmsg4 = 19,
+    Recvmsg6 = 20,
     Setsockopt = 22,
+    Getpeername4 = 29,
+    Getpeername6 = 30,
 }
 
 /// Attaches a program to a cgroup, beside those of others.
@@ -232,6 +240,21 @@ pub(super) fn socket_tag(map: impl AsFd, socket: impl AsFd) -> io::Result<()> {
     // it is opened.
     // JUSTIFICATION: aya's handle wants `&mut` for an update, but every worker tags its sockets
     // through one shared descriptor.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &attr) }.map(drop)
+}
+
+/// Puts the value of an entry that is there in its place again, so that the kernel knows it for used.
+pub(super) fn resolver_touch(map: impl AsFd, key: &ResolverKey, value: &Address) -> io::Result<()> {
+    let attr = MapUpdateAttr {
+        map: map.as_fd().as_raw_fd(),
+        padding: 0,
+        key: std::ptr::from_ref(key).cast(),
+        value: std::ptr::from_ref(value).cast(),
+        flags: BPF_EXIST,
+    };
+    // SAFETY: `key` and `value` outlive the call and have the sizes of the map, which is checked when
+    // it is opened.
+    // JUSTIFICATION: as above.
     unsafe { bpf(BPF_MAP_UPDATE_ELEM, &attr) }.map(drop)
 }
 
@@ -356,6 +379,8 @@ pub(super) const MAX_DESCRIPTORS: u32 = 253;
 const DESCRIPTOR_BYTES: u32 = 4;
 const _: () = assert!(size_of::<RawFd>() == 4);
 const BPF_MAP_UPDATE_ELEM: c_int = 2;
+/// An update of an entry that is there, and of nothing else.
+const BPF_EXIST: u64 = 2;
 const BPF_OBJ_PIN: c_int = 6;
 const BPF_OBJ_GET: c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: c_int = 15;

@@ -74,8 +74,7 @@ pub(super) fn xds(env: &Env, proxy: &ProxyConfig) -> Result<Option<XdsParams>, E
         (None, None) => return Ok(None),
     };
     let on_demand = env.parse("XDS_ON_DEMAND", false, "true or false")?;
-    let dns = env.get("ISTIO_META_DNS_CAPTURE").unwrap_or("true");
-    if on_demand && dns.eq_ignore_ascii_case("true") {
+    if on_demand && dns_capture(env, proxy) {
         let why = "answering DNS needs to know every service: set ISTIO_META_DNS_CAPTURE=false, or XDS_ON_DEMAND=false";
         return Err(refused("XDS_ON_DEMAND", "true", why.into()));
     }
@@ -92,6 +91,15 @@ pub(super) fn xds(env: &Env, proxy: &ProxyConfig) -> Result<Option<XdsParams>, E
         node: node(env, proxy)?,
         on_demand,
     }))
+}
+
+/// Whether pods' questions to resolvers are captured: metadata like any other, which this process
+/// heeds, too.
+// PROTOCOL.md#dns-setting
+pub(super) fn dns_capture(env: &Env, proxy: &ProxyConfig) -> bool {
+    let metadata = || proxy.proxy_metadata.get("DNS_CAPTURE").map(String::as_str);
+    let set = env.get("ISTIO_META_DNS_CAPTURE").or_else(metadata);
+    set.is_none_or(|value| value.eq_ignore_ascii_case("true"))
 }
 
 /// The CA that is asked; `None` for the one in our own directory.

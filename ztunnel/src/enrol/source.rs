@@ -144,6 +144,8 @@ pub struct Exclusions {
     pub outbound_ports: Vec<u16>,
     /// Its own ports.
     pub inbound_ports: Vec<u16>,
+    /// Questions to resolvers.
+    pub dns: bool,
 }
 
 /// The pods that the state itself lists.

@@ -16,7 +16,7 @@ pub use explain::{Explanation, Fate, LeftOut, Step, explain};
 pub(crate) use inbound::OWN_PORTS;
 pub use inbound::{Asked, Delivery, InboundQuery, deliver};
 pub use route::{Found, Hop, Query, Route, Rule, Unresolved, route};
-pub use snapshot::{Change, Snapshot};
+pub use snapshot::{Change, Snapshot, is_visible};
 
 use std::sync::Arc;
 

@@ -373,7 +373,9 @@ fn distinct(ips: &[IpAddr]) -> impl Iterator<Item = IpAddr> {
     })
 }
 
-fn is_visible(service: &Service, namespace: &str) -> bool {
+/// Whether clients of `namespace` may know of a service.
+#[must_use]
+pub fn is_visible(service: &Service, namespace: &str) -> bool {
     match service.visibility {
         Visibility::Public => true,
         Visibility::Namespace => *service.key.namespace == *namespace,

@@ -4,6 +4,7 @@
 mod authority;
 mod baggage;
 mod connect;
+pub mod dns;
 mod forwarded;
 mod malformed;
 mod proxy_v2;

@@ -9,10 +9,16 @@ use crate::testing::{Pod, own_ip, worker, workload, world};
 
 fn accepting() -> (Accepting, mpsc::Receiver<Unserved>) {
     let (unserved, told) = mpsc::channel(1);
+    let names = dns::Params {
+        cluster_domain: "cluster.local".into(),
+        ipv6: true,
+        preferred_namespace: None,
+    };
     let accepting = Accepting {
         descriptors: Descriptors::default(),
         warned: Rc::default(),
         unserved,
+        dns: dns::Server::new(names, dns::Tally::default()),
     };
     (accepting, told)
 }

@@ -81,6 +81,8 @@ pub struct PodEntry {
     pub exclude_outbound_ports: Vec<u16>,
     /// Its own ports at which inbound connections are not captured.
     pub exclude_inbound_ports: Vec<u16>,
+    /// Its questions to resolvers are captured, if those of any pod are.
+    pub dns_capture: bool,
 }
 
 /// Reads the text of a file; `file` is its name for error messages.

@@ -223,6 +223,12 @@ pub(super) struct FilePod {
     exclude_outbound_ports: Vec<Leaf<Port>>,
     #[serde(default)]
     exclude_inbound_ports: Vec<Leaf<Port>>,
+    #[serde(default = "yes")]
+    dns_capture: bool,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 impl FileWorkload {
@@ -418,6 +424,7 @@ impl FilePod {
             exclude_outbound_cidrs: leaves(self.exclude_outbound_cidrs),
             exclude_outbound_ports: ports(self.exclude_outbound_ports),
             exclude_inbound_ports: ports(self.exclude_inbound_ports),
+            dns_capture: self.dns_capture,
         }
     }
 }

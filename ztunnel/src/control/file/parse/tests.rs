@@ -315,6 +315,7 @@ pods:
   excludeOutboundPorts: [53]
   excludeOutboundCidrs: [169.254.0.0/16]
   excludeInboundPorts: [9100]
+  dnsCapture: false
 ",
     )
     .unwrap();
@@ -336,6 +337,7 @@ pods:
     );
     assert_eq!(web.netns, Path::new("/run/netns/web-1"));
     assert!(web.exclude_outbound_ports.is_empty());
+    assert!(web.dns_capture, "unless it says otherwise");
     assert_eq!(&*cart.pod.service_account, "cart");
     assert_eq!(cart.exclude_outbound_ports, [53]);
     assert_eq!(
@@ -343,6 +345,7 @@ pods:
         ["169.254.0.0/16".parse().unwrap()]
     );
     assert_eq!(cart.exclude_inbound_ports, [9100]);
+    assert!(!cart.dns_capture);
 }
 
 #[test]
