@@ -38,8 +38,8 @@ pub(crate) fn file(topology: &Topology) -> MeshFile {
 }
 
 /// The rules that both kinds of gateway apply, and HBONE out to the server.
-pub(crate) fn behind(mesh: &Mesh, rules_at: At) -> Result<Config> {
-    let (envoy, server) = (mesh.pod("envoy")?, mesh.pod("server")?);
+pub(crate) fn behind(mesh: &Mesh, envoy: &Pod, rules_at: At) -> Result<Config> {
+    let server = mesh.pod("server")?;
     let rule = |method, path_prefix, then| Rule {
         method,
         path_prefix,
@@ -114,7 +114,7 @@ fn envoy_as_ingress_takes_plain_http_to_a_pod_of_the_mesh() -> Result<()> {
     let server = mesh.pod("server")?;
     let app = Server::start(&server.netns, APP, mirror)?;
     let at = envoy_pod.at(80);
-    let config = behind(&mesh, At::Socket(at))?;
+    let config = behind(&mesh, envoy_pod, At::Socket(at))?;
     let envoy = Envoy::start(&envoy_pod.netns, &config, &mesh.topology.directory()?)?;
     let marks = (envoy.log().mark(), mesh.b.log().mark());
     let (status, head) = ask(&outside.netns, at, "GET", "/orders/1")?;

@@ -8,8 +8,8 @@ use ztunnel_tests::{
     apps::{self, Server},
     envoy::{At, Cluster, Config, Envoy, Listener, Serves, To},
     mesh::{Mesh, assert_echo},
-    meshfile::MeshFile,
-    topology::Topology,
+    meshfile::{MeshFile, allow_accounts},
+    topology::{Pod, Topology},
     ztunnel::{HBONE, Settings},
 };
 
@@ -29,10 +29,9 @@ fn file_with_waypoint(topology: &Topology) -> Result<MeshFile> {
 }
 
 /// HBONE in, the rules, HBONE out.
-fn waypoint(mesh: &Mesh) -> Result<Config> {
-    let (envoy, server) = (mesh.pod("envoy")?, mesh.pod("server")?);
-    let client = mesh.pod("client")?;
-    let mut config = behind(mesh, At::Internal)?;
+fn waypoint(mesh: &Mesh, envoy: &Pod) -> Result<Config> {
+    let (client, server) = (mesh.pod("client")?, mesh.pod("server")?);
+    let mut config = behind(mesh, envoy, At::Internal)?;
     config.listeners.push(Listener {
         name: "in".to_owned(),
         at: At::Socket(envoy.at(HBONE)),
@@ -69,7 +68,7 @@ fn envoy_as_waypoint_applies_http_rules_between_two_pods() -> Result<()> {
     let app = Server::start(&server.netns, APP, mirror)?;
     let envoy = Envoy::start(
         &envoy_pod.netns,
-        &waypoint(&mesh)?,
+        &waypoint(&mesh, envoy_pod)?,
         &mesh.topology.directory()?,
     )?;
     let service = (IpAddr::V4(VIP), 80).into();
@@ -118,6 +117,82 @@ fn envoy_as_waypoint_applies_http_rules_between_two_pods() -> Result<()> {
         let peer = line.get("from").context("from")?;
         ensure!(peer.starts_with(&format!("{}:", client.v4)), "{line:?}");
     }
+    Ok(())
+}
+
+/// Three of four go through `envoy`, the fourth through `canary`, and none where nobody is.
+fn file_with_two(topology: &Topology) -> Result<MeshFile> {
+    let share = |to: IpAddr, weight: u32| {
+        format!(
+            "{{destination: {{destination: \"/{to}\", hboneMtlsPort: {HBONE}}}, weight: {weight}}}"
+        )
+    };
+    let weighted = format!(
+        "weightedWaypoints: [{}, {}, {}]",
+        share(NOBODY, 0),
+        share(topology.pod("envoy")?.v4.into(), 3),
+        share(topology.pod("canary")?.v4.into(), 1)
+    );
+    Ok(MeshFile::of(topology)
+        .without("outside")
+        .with_own_hbone("envoy")
+        .with_own_hbone("canary")
+        .service("web", &[VIP.into()], &[(80, APP)], &["server"])
+        .service_setting("web", &weighted)
+        .policy(&allow_accounts("gateways-only", &["envoy", "canary"]))
+        .attach("server", "demo/gateways-only"))
+}
+
+#[test]
+fn connections_are_shared_among_weighted_waypoints_each_known_by_its_identity() -> Result<()> {
+    let topology = pods().pod("canary", "a").build()?;
+    let file = file_with_two(&topology)?;
+    let settings = Settings::of(&topology)?;
+    let mesh = Mesh::run(topology, |node| file.for_node(node), |_| settings.clone())?;
+    let (client, server) = (mesh.pod("client")?, mesh.pod("server")?);
+    let app = Server::start(&server.netns, APP, mirror)?;
+    let pods = [mesh.pod("envoy")?, mesh.pod("canary")?];
+    let directory = mesh.topology.directory()?;
+    let start = |pod: &Pod| {
+        let directory = directory.join(&pod.name);
+        std::fs::create_dir(&directory)?;
+        Envoy::start(&pod.netns, &waypoint(&mesh, pod)?, &directory)
+    };
+    let _envoys = [start(pods[0])?, start(pods[1])?];
+    let mut shares = [0; 2];
+    // That one of them is never drawn in all of these has a chance of less than one in ten million.
+    for _ in 0..60 {
+        let mark = mesh.a.log().mark();
+        let (status, head) = ask(
+            &client.netns,
+            (IpAddr::V4(VIP), 80).into(),
+            "GET",
+            "/orders",
+        )?;
+        ensure!(status == 200, "{status} {head}");
+        let from = app.seen().last().copied().context("nobody came")?;
+        let line = mesh.a.wait_access(
+            mark,
+            &[
+                ("direction", "outbound"),
+                ("src.identity", &client.spiffe_id()),
+                ("dst.service", "web.demo.svc.cluster.local"),
+                ("reason", "complete"),
+            ],
+        )?;
+        let through = pods
+            .iter()
+            .position(|pod| line.get("dst.identity") == Some(&pod.spiffe_id()))
+            .with_context(|| format!("{line:?}"))?;
+        let pod = pods[through];
+        ensure!(
+            line.get("dst.addr") == Some(&pod.at(HBONE).to_string()),
+            "{line:?}"
+        );
+        ensure!(from.peer.ip() == IpAddr::V4(pod.v4), "{from:?} {line:?}");
+        shares[through] += 1;
+    }
+    ensure!(shares.iter().all(|share| *share > 0), "{shares:?}");
     Ok(())
 }
 
@@ -218,6 +293,8 @@ fn envoy_as_east_west_gateway_leads_to_a_pod_of_another_network() -> Result<()> 
     Ok(())
 }
 
+/// An address that nobody has.
+const NOBODY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 9));
 /// Where gateways of other networks are reached, as the established proxy has it.
 const EAST_WEST: u16 = 15009;
 const SERVICE: &str = "web.demo.svc.cluster.local:80";
