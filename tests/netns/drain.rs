@@ -13,9 +13,10 @@ use ztunnel_tests::{
     http,
     load::{Load, Outcome},
     meshfile::{self, MeshFile},
+    peer::{self, Client, Identity},
     topology::{Builder, Topology},
     wait,
-    ztunnel::{Node, Settings},
+    ztunnel::{HBONE, Node, Settings},
 };
 
 use crate::mesh::{
@@ -94,6 +95,43 @@ fn sigterm_closes_the_listeners_at_once_and_lets_connections_finish() -> Result<
             .filter(|l| l.has(&[("reason", "complete"), ("bytes_sent", "34")]));
         ensure!(complete.count() >= 1, "{lines:?}");
     }
+    Ok(())
+}
+
+// B137. A peer with an open stream is asked to open its next tunnel elsewhere, and keeps its stream;
+// one whose pod goes is told at once that there will be no more.
+#[test]
+fn peers_are_told_goodbye_when_the_process_goes_and_when_a_pod_goes() -> Result<()> {
+    let topology = pods().pod("outside", "a").build()?;
+    let file = MeshFile::of(&topology).without("outside");
+    let settings = Settings::of(&topology)?.env("CONNECTION_TERMINATION_DEADLINE", "60s");
+    let mut mesh = Mesh::run(topology, |node| file.for_node(node), |_| settings.clone())?;
+    let (outside, server) = (mesh.pod("outside")?.clone(), mesh.pod("server")?.clone());
+    let identity = Identity::signed(&mesh.topology, &outside.spiffe_id())?;
+    let _app = Server::start(&server.netns, 9000, apps::echo)?;
+    let open = || -> Result<Client> {
+        let mut tunnel = Client::connect(&outside.netns, server.at(HBONE), &identity)?;
+        tunnel.ask(1, &server.at(9000).to_string())?;
+        tunnel.wait(peer::HEADERS)?;
+        Ok(tunnel)
+    };
+    let mut tunnel = open()?;
+    mesh.b
+        .replace_file(&file.clone().without("server").for_node("b"))?;
+    ensure!(tunnel.wait_end()? == Some(NO_ERROR));
+    mesh.b.replace_file(&file.for_node("b"))?;
+    let mut tunnel = wait::until("the pod to be served again", PATIENCE, || open().ok())?;
+    mesh.b.signal(Signal::SIGTERM)?;
+    let goodbye = tunnel.wait(peer::GOAWAY)?;
+    ensure!(goodbye.payload.get(4..8) == Some(&[0; 4]), "{goodbye:?}");
+    tunnel.data(1, REQUEST)?;
+    ensure!(
+        tunnel.wait(peer::DATA)?.payload == REQUEST,
+        "its stream goes on"
+    );
+    drop(tunnel);
+    let status = mesh.b.wait_exit(PATIENCE)?;
+    ensure!(status.success(), "{status}");
     Ok(())
 }
 
@@ -243,3 +281,6 @@ fn a_new_process_takes_over_while_the_old_one_drains() -> Result<()> {
 
 /// Far less than the deadline of a drain, and enough for a machine that does much else.
 const SOON: Duration = Duration::from_secs(15);
+
+/// The code of HTTP/2 for an end without an error.
+const NO_ERROR: u32 = 0;
