@@ -348,5 +348,5 @@ const CROWD: Crowd = Crowd {
 const SPARE_DESCRIPTORS: u64 = 1_000;
 const QUICK_CROWD: Crowd = Crowd {
     connections: 2_000,
-    rest: Duration::from_secs(5),
+    rest: Duration::from_secs(3),
 };
