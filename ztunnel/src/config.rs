@@ -214,10 +214,10 @@ impl Config {
         let xds = control_plane::xds(&env, &proxy)?;
         let source = source(&env, xds.is_some())?;
         let enrolment = enrolment(&env, source.as_ref())?;
+        let capture = capture_by(&env, &enrolment)?;
         Ok(Self {
-            capture: capture_by(&env, &enrolment)?,
-            packet_mark: Some(env.parse("PACKET_MARK", PACKET_MARK, "a number of 32 bits")?)
-                .filter(|mark| *mark != 0),
+            packet_mark: packet_mark(&env, capture)?,
+            capture,
             pod_port_reuse: flag("INPOD_PORT_REUSE", true)?,
             ipv6: flag("IPV6_ENABLED", true)?,
             enrolment,
@@ -465,12 +465,11 @@ fn refused(name: &'static str, value: &str, why: String) -> Error {
 /// What would be dangerous to pass over.
 fn refuse(env: &Env) -> Result<(), Error> {
     let name = "ENABLE_PROXY";
-    let value = env.text(name);
-    if value.eq_ignore_ascii_case("false") {
-        let why = "this process is the proxy; to have none, do not start it";
-        return Err(refused(name, value, why.into()));
+    if env.parse(name, true, "true or false")? {
+        return Ok(());
     }
-    Ok(())
+    let why = "this process is the proxy; to have none, do not start it";
+    Err(refused(name, env.text(name), why.into()))
 }
 
 /// The lifetime of a workload certificate: long enough to be used before it is renewed.
@@ -522,6 +521,17 @@ fn enrolment(env: &Env, source: Option<&Source>) -> Result<Enrolment, Error> {
 }
 
 /// A node agent's rules redirect to us, unless something else is said.
+/// The mark of our sockets in pods; none if 0. By it alone do rules of others tell us from the pod: what
+/// we dial without it they bring back to us.
+fn packet_mark(env: &Env, capture: CaptureBy) -> Result<Option<u32>, Error> {
+    let mark = env.parse("PACKET_MARK", PACKET_MARK, "a number of 32 bits")?;
+    if mark == 0 && capture == CaptureBy::External {
+        let why = "with CAPTURE=external the rules in the pods tell our sockets by their mark";
+        return Err(refused("PACKET_MARK", "0", why.into()));
+    }
+    Ok(Some(mark).filter(|mark| *mark != 0))
+}
+
 fn capture_by(env: &Env, enrolment: &Enrolment) -> Result<CaptureBy, Error> {
     let name = "CAPTURE";
     match (env.get(name), enrolment) {
@@ -829,6 +839,7 @@ mod tests {
             ("CAPTURE", "iptables"),
             ("ENROLMENT", "magic"),
             ("PACKET_MARK", "0x539"),
+            ("ENABLE_PROXY", "no"),
         ] {
             let text = config(&[(name, value)]).unwrap_err().to_string();
             assert!(text.contains(name) && text.contains(value), "{text}");
@@ -868,6 +879,9 @@ mod tests {
             assert_eq!(config.packet_mark, Some(1337));
         }
         assert_eq!(config(&[("PACKET_MARK", "0")]).unwrap().packet_mark, None);
+        let unmarked = config(&[("PACKET_MARK", "0"), ("CAPTURE", "external")]);
+        let unmarked = unmarked.unwrap_err().to_string();
+        assert!(unmarked.contains("PACKET_MARK"), "{unmarked}");
     }
 
     #[test]

@@ -395,6 +395,9 @@ pub trait Sockets: fmt::Debug {
     /// No socket.
     fn app(&self, client: Option<IpAddr>, app: IpAddr) -> io::Result<std::net::TcpStream>;
 
+    /// Whether an address is one of the pod's, as [`Dialer::has_address`] says.
+    fn is_of_pod(&self, address: IpAddr) -> bool;
+
     /// For questions to a resolver, as [`Dialer::question_socket`] says.
     ///
     /// # Errors
@@ -409,6 +412,10 @@ impl Sockets for Dialer {
 
     fn app(&self, client: Option<IpAddr>, app: IpAddr) -> io::Result<std::net::TcpStream> {
         self.app_socket(client, app).map(Into::into)
+    }
+
+    fn is_of_pod(&self, address: IpAddr) -> bool {
+        self.has_address(address)
     }
 
     fn question(&self, resolver: IpAddr) -> io::Result<std::net::UdpSocket> {
@@ -437,6 +444,12 @@ impl PodDial {
             descriptors,
             keepalive,
         }
+    }
+
+    /// Whether an address is one of the pod's, as [`Dialer::has_address`] says.
+    #[must_use]
+    pub fn is_of_pod(&self, address: IpAddr) -> bool {
+        self.sockets.is_of_pod(address)
     }
 
     /// A socket for one question to a resolver, which only the resolver's datagrams reach. Without a

@@ -52,6 +52,10 @@ async fn open<'a>(
     if OWN_PORTS.contains(&port) || port == listener.port() {
         return Err(Failure::OwnPort(port));
     }
+    // PROTOCOL.md#forwarded-plaintext
+    if !cx.dial.is_of_pod(original.ip()) {
+        return Err(Failure::WrongPod(original));
+    }
     let local = cx.workload().await.ok_or(Failure::UnknownWorkload)?;
     let flow = Flow {
         source: client,
@@ -107,6 +111,8 @@ enum Failure {
     Relay(#[from] tunnel::Error),
     #[error("the mesh does not know this pod")]
     UnknownWorkload,
+    #[error("{0} is no address of this pod")]
+    WrongPod(OrigDst),
 }
 
 impl ToReason for Failure {
@@ -118,6 +124,7 @@ impl ToReason for Failure {
             Self::OwnPort(_) => Reason::ForbiddenPort,
             Self::Relay(e) => e.to_reason(),
             Self::UnknownWorkload => Reason::UnknownWorkload,
+            Self::WrongPod(_) => Reason::BadDestination,
         }
     }
 }

@@ -245,6 +245,7 @@ impl Pod {
             stream: far,
             original: OrigDst::new(original),
             direct: false,
+            redirected: false,
             listener: ListenAddr::new(SocketAddr::new(original.ip(), listener)),
         };
         (near, captured)
@@ -395,6 +396,10 @@ impl fmt::Debug for Here {
 }
 
 impl Sockets for Here {
+    fn is_of_pod(&self, _address: IpAddr) -> bool {
+        true
+    }
+
     fn question(&self, _resolver: IpAddr) -> io::Result<std::net::UdpSocket> {
         let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         socket.set_nonblocking(true)?;

@@ -163,6 +163,8 @@ impl Worker {
 
 struct Pod {
     drain: drain::Trigger,
+    /// Another process may listen in the pod already.
+    shared: bool,
     /// Of what answers its questions, as long as anything of this worker is open.
     questions: drain::Trigger,
     context: Weak<Context>,
@@ -239,10 +241,12 @@ impl Shared {
         };
         let asked = context(pod.clone(), dialer.clone(), until);
         let context = context(pod, dialer, signal);
+        let shared = listeners.shared;
         serve(id, (&context, asked), listeners, by);
         self.neighbours.enter(&context);
         Pod {
             drain,
+            shared,
             questions,
             context: Rc::downgrade(&context),
         }
@@ -360,8 +364,12 @@ async fn run(params: Params, mut inbox: mpsc::Receiver<Order>) {
 }
 
 /// Ends all pods: gracefully until the deadline, then at once. A question has an answer for as long as
-/// anybody is there: until the next process has the pod's questions, nobody else has one.
+/// anybody is there: until the next process has the pod's questions, nobody else has one. Where that
+/// cannot have the ports before they are free, they are free at once.
 async fn drain(pods: HashMap<PodId, Pod>, deadline: Duration) {
+    for pod in pods.values().filter(|pod| !pod.shared) {
+        pod.questions.force(Reason::Drained);
+    }
     drain_connections(&pods, deadline).await;
     for pod in pods.values() {
         pod.questions.force(Reason::Drained);
@@ -418,9 +426,14 @@ fn serve(
         dns: questions,
         dns_connections,
         arrival,
+        shared: _,
     } = listeners;
     let on = |listener, arrival| (id, (listener, arrival), by.clone());
-    let asking = questions.first().map(QuestionSocket::asking);
+    // What rules of others bring to 15001 they mean for us to carry.
+    let asking = match arrival {
+        Arrival::Steered => questions.first().map(QuestionSocket::asking),
+        Arrival::Dialled | Arrival::Redirected => None,
+    };
     let connections = dns::Pod::new(Rc::clone(context), Rc::clone(&by.dns));
     for listener in dns_connections {
         let names = Rc::clone(&connections);

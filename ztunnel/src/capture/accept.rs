@@ -33,6 +33,8 @@ pub struct Captured {
     /// It was made to the listener's own port, though rules redirect to it: nobody meant it for
     /// somewhere else.
     pub direct: bool,
+    /// Rules of others brought it.
+    pub redirected: bool,
     /// The listener's own address. A connection whose destination has its port may have been made
     /// to the listener itself.
     pub listener: ListenAddr,
@@ -112,6 +114,7 @@ impl Listener {
             client: ClientAddr::new(peer),
             original: OrigDst::new(redirected.unwrap_or(local)),
             direct: self.arrival == Arrival::Redirected && redirected.is_none() && to_own_port,
+            redirected: redirected.is_some(),
             listener: self.own,
             stream,
         })

@@ -105,6 +105,22 @@ impl Dialer {
         Ok(socket)
     }
 
+    /// Whether an address is one of the pod's: what our programs bring is for one, but rules of others
+    /// bring whatever reaches the pod, also what it only forwards. False where that cannot be said.
+    #[must_use]
+    pub fn has_address(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        if matches!(self.exempt, Exempt::ByTag(_)) || self.addresses.contains(&address) {
+            return true;
+        }
+        // A pod may have devices of which the mesh knows nothing; the kernel binds what is local.
+        let at = SocketAddr::new(address, 0);
+        let bound = self.netns.run(|| {
+            Socket::new(Domain::for_address(at), Type::DGRAM, Some(Protocol::UDP))?.bind(&at.into())
+        });
+        matches!(bound, Ok(Ok(())))
+    }
+
     /// A socket for a connection to the pod's application at `app`. The application sees `client` as
     /// its peer, unless that is unknown, of the other family, an address of the pod itself, or one
     /// that the kernel does not let us use.

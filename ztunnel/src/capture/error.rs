@@ -58,10 +58,6 @@ pub enum Error {
     NetnsCookie(#[source] io::Error),
     #[error("the descriptor that was passed is not of a network namespace")]
     NetnsDescriptor(#[source] io::Error),
-    #[error(
-        "read this host's resolvers from /etc/resolv.conf; pods' questions are passed on to them"
-    )]
-    Resolvers(#[source] io::Error),
     #[error("enter the network namespace")]
     NetnsEnter(#[source] io::Error),
     #[error("ask for the programs in the pod's network namespace")]

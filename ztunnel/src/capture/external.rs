@@ -63,13 +63,20 @@ impl External {
     pub(super) fn enrol(
         &self,
         netns: &Arc<Netns>,
+        settings: &PodSettings,
     ) -> Result<(ExternalPod, Vec<WorkerListeners>), Error> {
         let listening = Listening::Redirected {
             mark: self.0.mark,
             reuse_port: self.0.reuse_port,
             ipv6: self.0.ipv6,
         };
-        let hearing = match self.0.dns {
+        if settings.excludes_anything() {
+            tracing::warn!(
+                cookie = %netns.cookie(),
+                "the pod's exclusions have no effect: what is redirected is up to the rules in it"
+            );
+        }
+        let hearing = match self.0.dns && settings.dns {
             true => Some(Hearing {
                 meant: Meant::Own(resolvers()?.into()),
                 asking: Asking::new(true),
@@ -113,9 +120,26 @@ fn resolvers() -> Result<Vec<IpAddr>, Error> {
     let text = match fs::read_to_string(RESOLV_CONF) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-        Err(source) => return Err(Error::Resolvers(source)),
+        Err(source) => {
+            let path = RESOLV_CONF.into();
+            return Err(Error::Read { path, source });
+        }
     };
-    Ok(named(&text))
+    let (elsewhere, here): (Vec<_>, Vec<_>) =
+        named(&text).into_iter().partition(is_reached_from_pods);
+    if !here.is_empty() || elsewhere.is_empty() {
+        tracing::warn!(
+            path = RESOLV_CONF, unused = ?here, used = ?elsewhere,
+            "a name server on this host's loopback device is none to pods; with none at all, names \
+             that the mesh does not know are not resolved"
+        );
+    }
+    Ok(elsewhere)
+}
+
+/// In another namespace a loopback address is another host's.
+const fn is_reached_from_pods(resolver: &IpAddr) -> bool {
+    !resolver.is_loopback() && !resolver.is_unspecified()
 }
 
 fn named(text: &str) -> Vec<IpAddr> {

@@ -37,6 +37,8 @@ pub struct WorkerListeners {
     pub dns_connections: Vec<TcpListener>,
     /// How the destination of what arrives on `outbound` and `plaintext` is known.
     pub arrival: Arrival,
+    /// Another process may listen on the same ports meanwhile.
+    pub shared: bool,
 }
 
 /// Who brings connections to the listeners.
@@ -97,6 +99,7 @@ pub(super) fn open(
                 Listening::Steered { .. } => Arrival::Steered,
                 Listening::Redirected { .. } => Arrival::Redirected,
             },
+            shared: listening.shares_ports(),
         })
     };
     let workers = netns
@@ -138,6 +141,7 @@ impl WorkerListeners {
                 dns: all(&self.dns, QuestionSocket::share)?,
                 dns_connections: all(&self.dns_connections, TcpListener::try_clone)?,
                 arrival: self.arrival,
+                shared: self.shared,
             })
         };
         shared().map_err(|source| Error::Listen {

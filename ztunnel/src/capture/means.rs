@@ -42,7 +42,7 @@ impl Means {
                 Ok((PodMeans::Ebpf(pod), listeners))
             }
             Self::External(external) => {
-                let (pod, listeners) = external.enrol(netns)?;
+                let (pod, listeners) = external.enrol(netns, settings)?;
                 Ok((PodMeans::External(pod), listeners))
             }
         }

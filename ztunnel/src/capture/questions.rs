@@ -3,6 +3,7 @@
 //! the question arrived; it never reads what one says.
 
 use std::{
+    cell::Cell,
     io::{self, IoSlice, IoSliceMut},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd as _, OwnedFd},
@@ -117,6 +118,8 @@ impl Resolvers {
 pub struct Questions {
     socket: UdpSocket,
     meant: Meant,
+    /// Of several resolvers the one that answered last is asked first.
+    first: Cell<usize>,
 }
 
 /// Who asked, and where: at a stand-in, or where rules redirect to.
@@ -135,6 +138,7 @@ impl Questions {
         Ok(Self {
             socket: UdpSocket::from_std(taken.socket)?,
             meant: taken.meant,
+            first: Cell::new(0),
         })
     }
 
@@ -168,14 +172,26 @@ impl Questions {
     /// The resolvers that may know, to be asked one after the other: the one that was asked, if that is
     /// known, else this process's own. None when it was no stand-in, or one that was not used for long.
     #[must_use]
-    pub fn resolvers(&self, asker: &Asker) -> Arc<[IpAddr]> {
+    pub fn resolvers(&self, asker: &Asker) -> Vec<IpAddr> {
         match &self.meant {
             Meant::StoodFor(resolvers, cookie) => asker
                 .asked_at
                 .and_then(|stand_in| resolvers.behind(*cookie, stand_in))
                 .into_iter()
                 .collect(),
-            Meant::Own(resolvers) => Arc::clone(resolvers),
+            Meant::Own(resolvers) => {
+                let (later, first) = resolvers.split_at(self.first.get().min(resolvers.len()));
+                [first, later].concat()
+            }
+        }
+    }
+
+    /// Remembers that this resolver has answered.
+    pub fn has_answered(&self, resolver: IpAddr) {
+        if let Meant::Own(resolvers) = &self.meant
+            && let Some(at) = resolvers.iter().position(|each| *each == resolver)
+        {
+            self.first.set(at);
         }
     }
 
@@ -224,7 +240,7 @@ fn send(socket: &UdpSocket, asker: &Asker, answer: &[u8]) -> io::Result<()> {
     let iov = [IoSlice::new(answer)];
     let is_v6 = asker.from.as_sockaddr_in6().is_some();
     let (v4, v6);
-    // The device is the one that the socket is bound to.
+    // The device is the one that the socket is bound to, or that the address is on.
     let control = match asker.asked_at {
         None => None,
         Some(IpAddr::V4(asked_at)) if !is_v6 => {

@@ -51,6 +51,13 @@ pub enum PlaintextVerdict {
 }
 
 impl PodSettings {
+    /// Whether anything is not to be captured.
+    pub(super) fn excludes_anything(&self) -> bool {
+        !(self.excluded_outbound_ports.is_empty()
+            && self.excluded_outbound_cidrs.is_empty()
+            && self.excluded_inbound_ports.is_empty())
+    }
+
     /// The pod's own addresses in canonical form.
     pub(super) fn own_addresses(&self) -> Arc<[IpAddr]> {
         self.addresses

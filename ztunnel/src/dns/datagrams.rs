@@ -120,12 +120,18 @@ impl Waiting {
         let resolvers = self.questions.resolvers(&self.asker);
         let several = u32::try_from(resolvers.len()).unwrap_or(u32::MAX).max(1);
         let mut answer = Err(io::ErrorKind::AddrNotAvailable.into());
-        for resolver in &*resolvers {
-            let asked = timeout(PATIENCE / several, self.ask(*resolver)).await;
-            answer = asked.unwrap_or_else(|late| Err(late.into()));
-            if answer.is_ok() {
+        for resolver in resolvers {
+            let asked = timeout(PATIENCE / several, self.ask(resolver)).await;
+            let said = asked.unwrap_or_else(|late| Err(late.into()));
+            if let Ok(said) = &said
+                && !message::is_refusal(said)
+            {
+                self.questions.has_answered(resolver);
+                answer = Ok(said.clone());
                 break;
             }
+            // The first word stays if nobody has a better one.
+            answer = answer.or(said);
         }
         answer
     }

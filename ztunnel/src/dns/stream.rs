@@ -58,7 +58,9 @@ async fn way(cx: &Context, conn: &Captured) -> Option<UpstreamAddr> {
     let ip = conn.original.ip();
     let source = cx.workload().await?;
     if ip.is_loopback() || ip.is_unspecified() || source.ips.contains(&ip) {
-        return None;
+        // Rules of others bring us also what the pod asks a resolver of its own.
+        let own = UpstreamAddr::new(conn.original.addr());
+        return conn.redirected.then_some(own);
     }
     let query = Query {
         source: &source,

@@ -217,6 +217,13 @@ pub fn answers(bytes: &[u8], answer: &[u8]) -> bool {
     }
 }
 
+/// Whether an answer says that its resolver cannot or will not know.
+#[must_use]
+pub fn is_refusal(answer: &[u8]) -> bool {
+    let header = Message::from_slice(answer).map(|answer| answer.header());
+    header.is_ok_and(|header| matches!(header.rcode(), Rcode::SERVFAIL | Rcode::REFUSED))
+}
+
 fn push_all<T: Composer>(
     builder: &mut AnswerBuilder<T>,
     owner: impl domain::base::ToName + Copy,
