@@ -383,7 +383,7 @@ fn dialling_the_proxys_own_ports_ends_without_a_loop() -> Result<()> {
     let (client, server) = (mesh.pod("client")?, mesh.pod("server")?);
     let before = Before::of(&mesh.a)?;
     let mut dials = 0.0;
-    for port in [15001, 15006, 15008] {
+    for port in [15001, 15006, 15008, 15080] {
         for to in [
             SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
             SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
@@ -404,7 +404,7 @@ fn dialling_the_proxys_own_ports_ends_without_a_loop() -> Result<()> {
         }
     }
     // From outside, in plaintext: the ports belong to the proxy and are nobody's application.
-    for port in [15001, 15006] {
+    for port in [15001, 15006, 15080] {
         let fate = knock(&mesh.net("b")?.netns, server.at(port), b"hello", PATIENCE)?;
         ensure!(is_refused(&fate), "from outside to {port}: {fate:?}");
     }

@@ -240,7 +240,10 @@ fn whoever_stops_in_the_middle_is_left_and_disturbs_nobody() -> Result<()> {
         ensure!(end != End::Open, "still open after {LONG:?}");
     }
     let fields = [("reason", "bad_request"), ("direction", "outbound")];
-    mesh.a.wait_access(mark, &fields)?;
+    let line = mesh.a.wait_access(mark, &fields)?;
+    let took = line.get("duration").context("no duration")?;
+    let took: u64 = took.trim_end_matches("ms").parse()?;
+    ensure!(took >= 15_000, "{line:?}");
     before.wait_gain("ztunnel_connections_total", &fields, 4.0)
 }
 

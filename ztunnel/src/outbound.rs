@@ -8,7 +8,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use tokio::net::TcpStream;
 
-use crate::account::{Learned, Ledger, Opening};
+use crate::account::{self, Learned, Ledger, Opening};
 use crate::authz::Permit;
 use crate::capture::Captured;
 use crate::context::{Context, DialError, NameError, Unserved};
@@ -24,20 +24,35 @@ use local::Neighbour;
 
 /// Serves one connection of the pod to its end. Cancelling it resets both sides and records
 /// `drained`.
-pub async fn serve(conn: Box<Captured>, cx: &Context) {
-    let _open = cx.book.socket(Direction::Outbound);
-    let trace = Traceparent::new(fastrand::u128(..), fastrand::u64(..));
+pub fn serve(conn: Box<Captured>, cx: &Context) -> impl Future<Output = ()> {
+    let open = cx.book.socket(Direction::Outbound);
     let ledger = cx.book.open(Opening {
         direction: Direction::Outbound,
         source: conn.client,
         destination: conn.original,
-        trace_id: trace.trace_id(),
+        trace_id: fastrand::u128(..),
     });
-    // Apart, so that what it needs is given back before bytes move.
-    let opening = cx.drain.unless_forced(|| open(conn, cx, &ledger, trace));
-    // From here on it hears itself when it is told to end, and resets both sides.
-    let end = async { opening.await?.await }.await;
-    ledger.ended(end);
+    walk(conn, (ledger, open), cx)
+}
+
+/// The same for a connection whose record somebody else has begun.
+pub fn walk(
+    conn: Box<Captured>,
+    record: (Ledger, account::Socket),
+    cx: &Context,
+) -> impl Future<Output = ()> {
+    let span = fastrand::u64(..);
+    // No function of its own: that would hold the record twice.
+    async move {
+        let (ledger, _) = &record;
+        let trace = Traceparent::new(ledger.trace_id(), span);
+        // Apart, so that what it needs is given back before bytes move.
+        let opening = cx.drain.unless_forced(|| open(conn, cx, ledger, trace));
+        // From here on it hears itself when it is told to end, and resets both sides.
+        let end = async { opening.await?.await }.await;
+        let (ledger, _open) = record;
+        ledger.ended(end);
+    }
 }
 
 /// Everything before the first byte.

@@ -26,6 +26,13 @@ use crate::wire::{
 /// recorded once.
 // PROTOCOL.md#socks5
 pub async fn serve(mut conn: Captured, cx: &Context) {
+    let open = cx.book.socket(Direction::Outbound);
+    let ledger = cx.book.open(Opening {
+        direction: Direction::Outbound,
+        source: conn.client,
+        destination: conn.original,
+        trace_id: fastrand::u128(..),
+    });
     let mut forced = cx.drain.clone();
     let asked = tokio::select! {
         biased;
@@ -37,22 +44,18 @@ pub async fn serve(mut conn: Captured, cx: &Context) {
     match asked {
         Ok((own, destination)) => {
             // What leaves the pod is the pod's; only the port is the connection's own.
-            let client = SocketAddr::new(own, conn.client.port());
+            let client = ClientAddr::new(SocketAddr::new(own, conn.client.port()));
+            let original = OrigDst::new(destination);
+            let ledger = ledger.redirected(client, original);
             let asked = Captured {
-                client: ClientAddr::new(client),
-                original: OrigDst::new(destination),
+                client,
+                original,
                 ..conn
             };
             // Apart, so that whoever is still heard is not as large as a connection.
-            outbound::serve(Box::new(asked), cx).await;
+            outbound::walk(Box::new(asked), (ledger, open), cx).await;
         }
         Err(failure) => {
-            let ledger = cx.book.open(Opening {
-                direction: Direction::Outbound,
-                source: conn.client,
-                destination: conn.original,
-                trace_id: fastrand::u128(..),
-            });
             if let Some(reply) = failure.reply()
                 && let Err(error) = conn.stream.write_all(&reply.encode()).await
             {

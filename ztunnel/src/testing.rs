@@ -227,6 +227,13 @@ impl Pod {
         self.sample(&row)
     }
 
+    /// How many connections are open.
+    pub(crate) fn open(&self, direction: Direction) -> u64 {
+        self.sample(&format!(
+            "ztunnel_connections_open{{direction=\"{direction}\"}} "
+        ))
+    }
+
     fn sample(&self, row: &str) -> u64 {
         let page = self.accounts.encode();
         let value = page.lines().find_map(|line| line.strip_prefix(row));

@@ -68,6 +68,7 @@ macro_rules! failed {
             src.addr = %$opening.source,
             dst.addr = %$opening.destination,
             direction = $opening.direction.as_str(),
+            duration = milliseconds($ending.duration),
             reason = $ending.reason.as_str(),
             error = $ending.error.as_deref(),
             "connection failed"

@@ -149,6 +149,21 @@ impl Ledger {
         access_log::opened(&self.opening, &known.learned);
     }
 
+    /// The trace that the connection belongs to.
+    #[must_use]
+    pub const fn trace_id(&self) -> u128 {
+        self.opening.trace_id
+    }
+
+    /// The connection turned out to be from and to somewhere else than it began. Before
+    /// [`Ledger::learn`].
+    #[must_use]
+    pub fn redirected(mut self, source: ClientAddr, destination: OrigDst) -> Self {
+        self.opening.source = source;
+        self.opening.destination = destination;
+        self
+    }
+
     /// Somebody could not be reached, and another one is tried.
     pub fn retried(&self) {
         self.retries.set(self.retries.get().saturating_add(1));

@@ -637,17 +637,18 @@ async fn a_failure_in_json_has_its_reason_and_its_error_last() {
 #[error("connect to 10.0.1.2:8080")]
 struct Outer(#[source] io::Error);
 
-#[test]
-fn an_early_end_has_a_short_line_at_the_level_of_its_reason() {
+#[tokio::test(start_paused = true)]
+async fn an_early_end_has_a_short_line_at_the_level_of_its_reason() {
     let accounts = Accounts::new(1);
     let book = accounts.book(0);
+    let [one, other] = [(); 2].map(|()| book.open(opening(Direction::Inbound)));
+    tokio::time::advance(Duration::from_millis(12)).await;
     let lines = logged(Format::Plain, "info", || {
-        book.open(opening(Direction::Inbound))
-            .close(Reason::PolicyDenied, None);
-        book.open(opening(Direction::Inbound))
-            .close(Reason::IdentityUnavailable, None);
+        one.close(Reason::PolicyDenied, None);
+        other.close(Reason::IdentityUnavailable, None);
     });
-    let fields = "src.addr=10.0.0.1:40000 dst.addr=10.96.0.9:80 direction=\"inbound\"";
+    let fields = "src.addr=10.0.0.1:40000 dst.addr=10.96.0.9:80 direction=\"inbound\" \
+                  duration=\"12ms\"";
     assert_eq!(
         lines,
         format!(

@@ -191,4 +191,4 @@ fn unknown(asked: &Asked) -> Error {
 
 /// Ports that would lead back into the node proxy.
 // PROTOCOL.md#ports
-pub(crate) const OWN_PORTS: [u16; 3] = [15001, 15006, 15008];
+pub(crate) const OWN_PORTS: [u16; 4] = [15001, 15006, 15008, 15080];

@@ -270,7 +270,7 @@ fn an_authority_must_be_the_pod_a_service_of_it_and_not_a_port_of_ours() {
         ask(&mesh, Asked::Ip(addr("10.0.0.3:80"))),
         Err(Error::WrongPod { .. })
     ));
-    for port in [15001, 15006, 15008] {
+    for port in [15001, 15006, 15008, 15080] {
         let asked = Asked::Ip(SocketAddr::new("10.0.0.2".parse().unwrap(), port));
         assert_eq!(ask(&mesh, asked), Err(Error::OwnPort(port)));
     }

@@ -144,6 +144,41 @@ async fn whoever_ends_in_the_middle_is_recorded_at_once() {
     .await;
 }
 
+/// From its first moment, so that its line tells how long it took, and nothing ends without one.
+#[tokio::test]
+async fn a_connection_is_recorded_from_its_beginning_and_once() {
+    worker(async {
+        let cart = TcpListener::bind((own_ip(), 0)).await.unwrap();
+        let at = cart.local_addr().unwrap();
+        let pod = Pod::new(with_cart(&["10.96.0.1"], at.ip(), at.port()));
+        let mut app = dial(&pod).await;
+        while pod.open(Direction::Outbound) == 0 {
+            tokio::task::yield_now().await;
+        }
+        let to = connect("10.96.0.1:80".parse().unwrap());
+        app.write_all(&[&[5, 1, 0], &to[..]].concat())
+            .await
+            .unwrap();
+        let (far, _) = cart.accept().await.unwrap();
+        assert_eq!(pod.open(Direction::Outbound), 1, "still the same one");
+        drop((app, far));
+        while pod.open(Direction::Outbound) > 0 {
+            tokio::task::yield_now().await;
+        }
+
+        // Cut while it has not said what it wants: that is an ending too.
+        let app = dial(&pod).await;
+        while pod.open(Direction::Outbound) == 0 {
+            tokio::task::yield_now().await;
+        }
+        pod.drain.force(Reason::Drained);
+        rest(app).await;
+        assert_eq!(pod.ended(Direction::Outbound, Reason::Drained), 1);
+        assert_eq!(pod.open(Direction::Outbound), 0);
+    })
+    .await;
+}
+
 /// Behaviours 62 and 142.
 #[tokio::test]
 async fn what_is_not_done_is_answered_with_its_code() {
