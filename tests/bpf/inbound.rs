@@ -112,6 +112,67 @@ fn excluded_inbound_ports_reach_the_application_whatever_the_verdict() {
 }
 
 #[test]
+fn excluded_sources_reach_the_application_and_judged_ones_the_judge() {
+    let world = World::new();
+    let app = world.pod_server();
+    let sources = |excluded: [&str; 2], judged: [&str; 2]| PodSettings {
+        excluded_inbound_cidrs: excluded.map(|network| network.parse().unwrap()).into(),
+        judged_sources: judged.map(address).into(),
+        ..with(PlaintextVerdict::Drop)
+    };
+    let others = ["10.98.0.0/16", "fd98::/16"];
+    let nobody = ["10.98.0.1", "fd98::1"];
+    let enrolled = world.enrolled(&sources(["10.99.0.0/24", "fd99::/64"], nobody));
+    for (pod, peer) in [(POD4, PEER4), (POD6, PEER6)] {
+        assert_eq!(
+            said(dial(&world, pod, PORT).unwrap()),
+            format!("app {peer}")
+        );
+        // HBONE has a port of its own, whoever speaks it.
+        let hbone = dial(&world, pod, 15008);
+        drop(accept(&enrolled.listeners.hbone));
+        drop(hbone.unwrap());
+    }
+    assert!(enrolled.lookups("excluded_cidr") >= 2);
+    let served = app.served();
+
+    // Changed while the pod is captured: other sources are as they ever were.
+    enrolled.pod.update(&sources(others, nobody)).unwrap();
+    for pod in [POD4, POD6] {
+        let refused = dial(&world, pod, PORT).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    }
+    assert_eq!(enrolled.lookups("plaintext_dropped"), 2);
+
+    // Judged: ours to admit, where everybody else is refused; an exclusion of the same source wins.
+    enrolled
+        .pod
+        .update(&sources(others, [PEER4, PEER6]))
+        .unwrap();
+    for (pod, peer) in [(POD4, PEER4), (POD6, PEER6)] {
+        let client = dial(&world, pod, PORT);
+        let ours = accept(&enrolled.listeners.plaintext);
+        assert_eq!(ours.peer_addr().unwrap().ip().to_canonical(), address(peer));
+        drop(client.unwrap());
+    }
+    assert_eq!(enrolled.lookups("plaintext_proxied"), 2);
+    assert_eq!(app.served(), served);
+    let both = sources(["10.99.0.1/32", "fd99::1/128"], [PEER4, PEER6]);
+    enrolled.pod.update(&both).unwrap();
+    for (pod, peer) in [(POD4, PEER4), (POD6, PEER6)] {
+        let answer = said(dial(&world, pod, PORT).unwrap());
+        assert_eq!(answer, format!("app {peer}"));
+    }
+
+    // Nothing stays behind.
+    enrolled.pod.update(&with(PlaintextVerdict::Drop)).unwrap();
+    for pod in [POD4, POD6] {
+        let refused = dial(&world, pod, PORT).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    }
+}
+
+#[test]
 fn the_application_sees_the_client_that_we_dial_for() {
     let world = World::new();
     let _app = world.pod_server();

@@ -1,6 +1,6 @@
 //! Ports and networks that a pod's entry takes out of the mesh, and how that is counted.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use ztunnel_tests::{
@@ -26,7 +26,11 @@ fn excluded_ports_and_networks_go_past_the_mesh_and_are_counted() -> Result<()> 
                 "client",
                 "excludeOutboundPorts: [9100]\nexcludeOutboundCidrs: [\"10.88.0.2/32\", \"fd88::2/128\"]",
             )
-            .pod_setting("server", "excludeInboundPorts: [9100, 9200]")
+            .pod_setting(
+                "server",
+                "excludeInboundPorts: [9100, 9200]\n\
+                 excludeInboundCidrs: [\"10.88.2.1/32\", \"fd88:0:0:2::1/128\"]",
+            )
     })?;
     let (client, outside, server) = (
         mesh.pod("client")?,
@@ -35,7 +39,7 @@ fn excluded_ports_and_networks_go_past_the_mesh_and_are_counted() -> Result<()> 
     );
     let host = mesh.net("b")?;
     let _open = Server::start(&server.netns, 9100, apps::echo)?;
-    let _meshed = Server::start(&server.netns, 9000, apps::echo)?;
+    let meshed = Server::start(&server.netns, 9000, apps::echo)?;
     let _host = Server::start(&host.netns, 9000, apps::echo)?;
     let before = Before::of(&mesh.a)?;
     for (name, to, verdict) in [
@@ -70,6 +74,19 @@ fn excluded_ports_and_networks_go_past_the_mesh_and_are_counted() -> Result<()> 
     }
     let excluded = before.gained(VERDICTS, &[("verdict", "excluded_port")])?;
     assert!(excluded >= 2.0, "{excluded} counted");
+    // From an excluded source every port is open, and the application sees it.
+    let one = Before::of(&mesh.b)?;
+    for to in [server.at(9000), server.at6(9000)] {
+        assert_echo(&host.netns, to)?;
+    }
+    let seen = meshed.seen();
+    let sources: Vec<_> = seen.iter().map(|seen| seen.peer.ip()).collect();
+    assert_eq!(
+        sources,
+        [IpAddr::from(host.gateway_v4), host.gateway_v6.into()]
+    );
+    let excluded = one.gained(VERDICTS, &[("verdict", "excluded_cidr")])?;
+    assert!(excluded >= 2.0, "{excluded} counted");
     before.wait_gain("ztunnel_connections_opened_total", &[], 0.0)?;
     let fate = knock(&outside.netns, server.at(9000), REQUEST, PATIENCE)?;
     assert!(is_refused(&fate), "{fate:?}");
@@ -98,6 +115,11 @@ fn exclusions_change_while_the_pod_is_in_the_mesh() -> Result<()> {
     assert_alive(&mut open)?;
     for (name, outbound, inbound) in [
         ("nothing", "", ""),
+        (
+            "sources",
+            "excludeOutboundPorts: [9000]",
+            "excludeInboundCidrs: [\"10.88.1.0/24\", \"fd88:0:0:1::/64\"]",
+        ),
         (
             "ports",
             "excludeOutboundPorts: [9000]",

@@ -32,6 +32,7 @@ mod many;
 mod operate;
 mod plaintext;
 mod policy;
+mod probes;
 mod relay;
 mod reload;
 mod revocation;

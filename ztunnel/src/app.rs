@@ -120,7 +120,8 @@ async fn serve(config: &Config, logs: Logs) -> Result<(), Error> {
 
     let means = means(config, &params, &accounts)?;
 
-    let (mesh, subscribe) = Mesh::new(Arc::clone(&config.network), state);
+    let probes = config.probe_addresses.clone();
+    let (mesh, subscribe) = Mesh::new(Arc::clone(&config.network), state, probes);
     let (tell_pods, pods) = watch::channel(Arc::default());
     let (tell_unserved, unserved) = mpsc::channel(UNSERVED);
     let dns = dns::Counts::new(config.workers);
@@ -573,6 +574,7 @@ fn listed(pods: &[PodEntry]) -> Vec<Listed> {
             outbound_cidrs: entry.exclude_outbound_cidrs.clone(),
             outbound_ports: entry.exclude_outbound_ports.clone(),
             inbound_ports: entry.exclude_inbound_ports.clone(),
+            inbound_cidrs: entry.exclude_inbound_cidrs.clone(),
             dns: !entry.dns_capture,
         },
     };
@@ -585,6 +587,8 @@ fn wanted(world: &World, entry: &Listed, dns: bool) -> Wanted {
     let plaintext = workload.map_or(PlaintextVerdict::Drop, |workload| {
         verdict(plaintext_verdict(&world.policies, workload))
     });
+    let probes = workload.map(|workload| world.policies.probes().sources(workload));
+    let judged_sources = probes.into_iter().flatten().collect();
     Wanted {
         uid: entry.uid.clone(),
         pod: entry.pod.clone(),
@@ -595,6 +599,8 @@ fn wanted(world: &World, entry: &Listed, dns: bool) -> Wanted {
             excluded_outbound_ports: entry.exclusions.outbound_ports.clone(),
             excluded_outbound_cidrs: entry.exclusions.outbound_cidrs.clone(),
             excluded_inbound_ports: entry.exclusions.inbound_ports.clone(),
+            excluded_inbound_cidrs: entry.exclusions.inbound_cidrs.clone(),
+            judged_sources,
             dns: dns && !entry.exclusions.dns,
         },
     }

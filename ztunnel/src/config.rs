@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -132,6 +133,8 @@ pub struct Config {
     pub network: Arc<str>,
     /// The name of this node; empty when not told.
     pub node: Arc<str>,
+    /// The addresses that the node's CNI agent gives connections of the node to its pods.
+    pub probe_addresses: Vec<IpAddr>,
     /// Data-plane threads.
     pub workers: usize,
     /// Lifetime of a workload certificate.
@@ -231,6 +234,7 @@ impl Config {
             bpf_pin_dir: env.path("BPF_PIN_DIR", BPF_PIN_DIR),
             network: env.text("NETWORK").into(),
             node: env.text("NODE_NAME").into(),
+            probe_addresses: probe_addresses(&env)?,
             workers: workers(&env, &proxy, cores)?,
             secret_ttl: secret_ttl(&env)?,
             tls12: flag("TLS12_ENABLED", false)?,
@@ -309,6 +313,7 @@ impl Config {
             "bpfPinDir": self.bpf_pin_dir,
             "network": &*self.network,
             "localNode": &*self.node,
+            "probeAddresses": self.probe_addresses,
             "numWorkerThreads": self.workers,
             "secretTtl": duration(self.secret_ttl),
             "tls12Enabled": self.tls12,
@@ -470,6 +475,22 @@ fn refuse(env: &Env) -> Result<(), Error> {
     }
     let why = "this process is the proxy; to have none, do not start it";
     Err(refused(name, env.text(name), why.into()))
+}
+
+/// Off unless they are told: whoever can send from such an address passes policy.
+// PROTOCOL.md#probes
+fn probe_addresses(env: &Env) -> Result<Vec<IpAddr>, Error> {
+    let (four, six) = ("HOST_PROBE_SNAT_IP", "HOST_PROBE_SNAT_IPV6");
+    let mut addresses = Vec::new();
+    if !env.text(four).is_empty() {
+        let address = env.parse(four, Ipv4Addr::UNSPECIFIED, "an IPv4 address")?;
+        addresses.push(IpAddr::V4(address));
+    }
+    if !env.text(six).is_empty() {
+        let address = env.parse(six, Ipv6Addr::UNSPECIFIED, "an IPv6 address")?;
+        addresses.push(IpAddr::V6(address));
+    }
+    Ok(addresses)
 }
 
 /// The lifetime of a workload certificate: long enough to be used before it is renewed.
@@ -684,7 +705,7 @@ const WINDOW_BYTES: (u32, u32) = (65_535, 0x7fff_ffff);
 const FRAME_BYTES: (u32, u32) = (16_384, 0x00ff_ffff);
 
 /// Variables that this process honours.
-const READ: [&str; 59] = [
+const READ: [&str; 61] = [
     "ALT_CA_HOSTNAME",
     "ALT_XDS_HOSTNAME",
     "AUTHZ_POLICY_INFO_LOGGING",
@@ -704,6 +725,8 @@ const READ: [&str; 59] = [
     "ENABLE_RESPONSE_BAGGAGE",
     "ENROLMENT",
     "FAKE_CA",
+    "HOST_PROBE_SNAT_IP",
+    "HOST_PROBE_SNAT_IPV6",
     "HTTP2_CONNECTION_WINDOW_SIZE",
     "HTTP2_FRAME_SIZE",
     "HTTP2_STREAM_WINDOW_SIZE",
@@ -804,7 +827,24 @@ mod tests {
         assert_eq!(&*config.cluster_domain, "cluster.local");
         assert_eq!(config.preferred_namespace, None);
         assert_eq!(config.keepalive.unwrap().retries, 9);
+        assert!(
+            config.probe_addresses.is_empty(),
+            "ours: nobody is trusted untold"
+        );
         assert_eq!(config.ignored, []);
+    }
+
+    #[test]
+    fn a_node_is_told_the_addresses_of_its_probes() {
+        let told = [
+            ("HOST_PROBE_SNAT_IP", "169.254.7.127"),
+            ("HOST_PROBE_SNAT_IPV6", "fd16:9254::1"),
+        ];
+        let both: [IpAddr; 2] = ["169.254.7.127", "fd16:9254::1"].map(|ip| ip.parse().unwrap());
+        assert_eq!(config(&told).unwrap().probe_addresses, both);
+        assert_eq!(config(&told[..1]).unwrap().probe_addresses, both[..1]);
+        let empty = config(&[("HOST_PROBE_SNAT_IP", "")]).unwrap();
+        assert!(empty.probe_addresses.is_empty());
     }
 
     #[test]
@@ -817,6 +857,8 @@ mod tests {
             ("KEEPALIVE_TIME", "3 parsecs"),
             ("CONNECTION_TERMINATION_DEADLINE", "x"),
             ("ENABLE_ORIG_SRC", "maybe"),
+            ("HOST_PROBE_SNAT_IP", "fd16::1"),
+            ("HOST_PROBE_SNAT_IPV6", "169.254.7.127"),
             ("LOCAL_FAST_PATH", "sometimes"),
             ("ZTUNNEL_WORKER_THREADS", "150%"),
             ("ZTUNNEL_WORKER_THREADS", "many"),

@@ -19,11 +19,11 @@ use thiserror::Error;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::account::Book;
-use crate::authz::{Denied, DryRun, Live, Permit};
-use crate::capture::Dialer;
+use crate::authz::{Denied, DryRun, Live, Permit, Probe};
+use crate::capture::{self, Dialer};
 use crate::control::{Demander, World};
 use crate::drain;
 use crate::identity::{self, Credentials, Store};
@@ -294,6 +294,32 @@ impl Context {
         Ok(judged?)
     }
 
+    /// A permit for a connection of this node that asks the pod how it is; none if it is no such one, or
+    /// cannot prove it.
+    // PROTOCOL.md#probes
+    #[must_use]
+    pub fn admit_probe(&self, workload: &Workload, flow: &Flow) -> Option<Permit> {
+        let world = self.view.world();
+        let workload = world.snapshot.workload(&workload.uid)?;
+        let proven = match world.policies.probes().of(workload, flow)? {
+            Probe::Translated => true,
+            Probe::IfHeldByThisNode => self.dial.node_holds(flow),
+        };
+        let (source, pod) = (flow.source, &self.pod);
+        if !proven {
+            debug!(%pod, %source, "from a probe's source, but no process of this node holds its end");
+            return None;
+        }
+        let permit = self
+            .live
+            .admit_probe(&world.policies, workload, flow.clone());
+        self.log_judgement(
+            format_args!("{source} allowed as a probe of this node"),
+            &[],
+        );
+        permit
+    }
+
     /// Says what policy decided, and what the policies on trial would have.
     fn log_judgement(&self, judgement: fmt::Arguments<'_>, dry_run: &[DryRun]) {
         let pod = &self.pod;
@@ -403,6 +429,12 @@ pub trait Sockets: fmt::Debug {
     /// # Errors
     /// No socket.
     fn question(&self, resolver: IpAddr) -> io::Result<std::net::UdpSocket>;
+    /// Whether a process of the node holds the other end of a connection, as [`capture::node_holds`]
+    /// says.
+    ///
+    /// # Errors
+    /// Nobody knows.
+    fn node_holds(&self, from: SocketAddr, to: SocketAddr) -> io::Result<bool>;
 }
 
 impl Sockets for Dialer {
@@ -420,6 +452,10 @@ impl Sockets for Dialer {
 
     fn question(&self, resolver: IpAddr) -> io::Result<std::net::UdpSocket> {
         self.question_socket(resolver).map(Into::into)
+    }
+
+    fn node_holds(&self, from: SocketAddr, to: SocketAddr) -> io::Result<bool> {
+        capture::node_holds(from, to)
     }
 }
 
@@ -462,6 +498,16 @@ impl PodDial {
         let socket = UdpSocket::from_std(self.sockets.question(resolver.ip())?)?;
         socket.connect(resolver).await?;
         Ok(socket)
+    }
+
+    fn node_holds(&self, flow: &Flow) -> bool {
+        let held = self
+            .sockets
+            .node_holds(flow.source.addr(), flow.destination.addr());
+        held.unwrap_or_else(|error| {
+            warn!(%error, "the kernel does not say whose a connection is: it is taken for no probe");
+            false
+        })
     }
 
     async fn upstream(&self, upstream: UpstreamAddr) -> Result<TcpStream, DialError> {

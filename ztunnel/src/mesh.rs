@@ -1,6 +1,7 @@
 //! What becomes known of the mesh, from a file, a control plane or both. Takes their updates in the order in which they
 //! come, gives the workers the world that follows; never keeps anybody waiting who only reads.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
+use crate::authz::Probes;
 use crate::config::{Config, Source};
 use crate::control::{self, Change, Demander, Event, FileSource, PodEntry, State, World, Xds};
 use crate::model::Chain;
@@ -19,6 +21,8 @@ pub struct Mesh {
     publish: watch::Sender<World>,
     /// What the file says; empty without one.
     file: State,
+    /// The addresses that this node's connections to its pods are given.
+    translated: Vec<IpAddr>,
 }
 
 /// Something new about the mesh.
@@ -52,13 +56,26 @@ impl Drop for Reader {
 }
 
 impl Mesh {
-    /// The mesh that a file describes, and where the workers see it change.
+    /// The mesh that a file describes, and where the workers see it change. `translated`: the addresses
+    /// that this node's connections to its pods are given.
     #[must_use]
-    pub fn new(node_network: Arc<str>, file: State) -> (Self, watch::Receiver<World>) {
+    pub fn new(
+        node_network: Arc<str>,
+        file: State,
+        translated: Vec<IpAddr>,
+    ) -> (Self, watch::Receiver<World>) {
         let empty = World::new(node_network);
-        let world = empty.apply(file.changes_since(&State::default()));
-        let (publish, subscribe) = watch::channel(world.unwrap_or(empty));
-        (Self { publish, file }, subscribe)
+        let (publish, subscribe) = watch::channel(empty.clone());
+        let mesh = Self {
+            publish,
+            file,
+            translated,
+        };
+        let changes = mesh.file.changes_since(&State::default());
+        if let Some(world) = next(&empty, changes, &mesh.probes()) {
+            mesh.publish.send_replace(world);
+        }
+        (mesh, subscribe)
     }
 
     /// The world of now.
@@ -105,8 +122,9 @@ impl Mesh {
     /// Gives the workers the world that follows by these changes, unless it is the same one.
     async fn publish(&self, changes: Vec<Change>) {
         let (before, started, count) = (self.world(), Instant::now(), changes.len());
+        let probes = self.probes();
         // A large mesh takes longer than anybody should wait for metrics.
-        let next = tokio::task::spawn_blocking(move || before.apply(changes)).await;
+        let next = tokio::task::spawn_blocking(move || next(&before, changes, &probes)).await;
         match next {
             Ok(Some(world)) => {
                 debug!(
@@ -121,6 +139,20 @@ impl Mesh {
             Err(error) => error!(%error, "a change of the state was lost"),
         }
     }
+
+    /// From where the pods of this node may be probed.
+    fn probes(&self) -> Arc<Probes> {
+        let listed = self.file.pods.iter();
+        let listed = listed.map(|entry| (&entry.pod, entry.probe_sources.as_slice()));
+        Arc::new(Probes::new(listed, self.translated.clone()))
+    }
+}
+
+/// The world that follows by these changes and these sources of probes; none if it is the same one.
+fn next(before: &World, changes: Vec<Change>, probes: &Arc<Probes>) -> Option<World> {
+    let changed = before.apply(changes);
+    let probed = changed.as_ref().unwrap_or(before).with_probes(probes);
+    probed.or(changed)
 }
 
 impl Updates {

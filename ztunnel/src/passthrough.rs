@@ -62,8 +62,15 @@ async fn open<'a>(
         source_identity: None,
         destination: original,
     };
-    let admitted = cx.admit(&local, flow).await;
-    learn(cx, ledger, &local, (client, original));
+    let admitted = match cx.admit_probe(&local, &flow) {
+        Some(permit) => Ok(permit),
+        None => cx.admit(&local, flow).await,
+    };
+    let security = match &admitted {
+        Ok(permit) if permit.is_probe() => SecurityPolicy::Probe,
+        Ok(_) | Err(_) => SecurityPolicy::Unknown,
+    };
+    learn(cx, ledger, &local, (client, original), security);
     let permit = admitted?;
     let app = AppAddr::new(original.addr());
     let app = async { Ok(cx.dial_app(client.ip(), app, &local).await?) };
@@ -78,6 +85,7 @@ fn learn(
     ledger: &Ledger,
     local: &Arc<Workload>,
     (client, original): (ClientAddr, OrigDst),
+    security: SecurityPolicy,
 ) {
     let world = cx.view.world();
     let source = world
@@ -92,7 +100,7 @@ fn learn(
         service: None,
         dst_addr: UpstreamAddr::new(original.addr()),
         hbone_addr: None,
-        security: SecurityPolicy::Unknown,
+        security,
     });
 }
 

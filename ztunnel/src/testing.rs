@@ -369,6 +369,8 @@ pub(crate) struct Made {
     /// Whether they are kept to be looked at, which also keeps them open.
     pub(crate) kept: Cell<bool>,
     sockets: RefCell<Vec<Options>>,
+    /// Whether the other ends of connections into the pod are the node's.
+    pub(crate) node_holds: Cell<bool>,
     /// Called once, when the application is about to be dialled.
     pub(crate) before_app: RefCell<Option<Box<dyn FnOnce()>>>,
 }
@@ -423,6 +425,10 @@ impl Sockets for Here {
             before();
         }
         self.0.make()
+    }
+
+    fn node_holds(&self, _from: SocketAddr, _to: SocketAddr) -> io::Result<bool> {
+        Ok(self.0.node_holds.get())
     }
 }
 

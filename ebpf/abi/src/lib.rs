@@ -9,7 +9,7 @@ pub use verdict::{ConnectVerdict, LookupVerdict};
 
 /// The version of everything in this crate that outlives a process in the pins. It grows whenever a
 /// map's name, shape or meaning, or a program's attach point, changes.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Pods that one node process can hold; one more is refused, never captured by halves.
 pub const MAX_PODS: u32 = 1024;
@@ -36,7 +36,8 @@ pub const HBONE_PORT: u16 = 15008;
 pub mod map {
     /// `u64` netns cookie -> [`super::OutboundRules`]: the pods that `connect` captures.
     pub const PODS: &str = "PODS";
-    /// [`super::CidrKey`] (longest prefix) -> `u8`: networks that are not captured.
+    /// [`super::CidrKey`] (longest prefix) -> `u8`: networks that are not captured, or whose plaintext
+    /// is judged; one of the `CIDR_*` constants.
     pub const CIDRS: &str = "CIDRS";
     /// Socket storage: the sockets of the node process itself, which `connect` lets through.
     pub const OURS: &str = "OURS";
@@ -133,6 +134,9 @@ pub struct OutboundRules {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct InboundRules {
+    /// The cookie of [`map::CIDRS`] for connections into the pod; 0 if it holds no sources for this pod,
+    /// so that the others pay no lookup.
+    pub cidrs: u64,
     /// The pod's own addresses; unused slots are unspecified.
     pub addresses: [Address; MAX_ADDRESSES],
     /// Local ports whose connections go straight to the application; unused slots are 0.
@@ -158,7 +162,7 @@ pub const PLAINTEXT_PASS: u32 = 2;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CidrKey {
-    /// The pod's netns cookie.
+    /// The pod's netns cookie; with [`CIDR_INBOUND`] for sources of connections into it.
     pub cookie: u64,
     /// The network, or the address looked up.
     pub address: Address,
@@ -166,6 +170,12 @@ pub struct CidrKey {
 
 /// Bits of [`CidrKey::cookie`], always part of the prefix.
 pub const CIDR_COOKIE_BITS: u32 = u64::BITS;
+/// In [`CidrKey::cookie`]: sources of connections into the pod. The kernel counts cookies from 1.
+pub const CIDR_INBOUND: u64 = 1 << 63;
+/// Past the mesh; also the meaning of every value not listed here.
+pub const CIDR_EXCLUDED: u8 = 1;
+/// Plaintext from there is judged, also where that of others is refused at its SYN.
+pub const CIDR_JUDGED: u8 = 2;
 
 /// What a listener is for.
 #[repr(u32)]
@@ -316,7 +326,7 @@ const _: () = {
     // No padding: the kernel compares and copies whole values.
     assert!(size_of::<Address>() == 16);
     assert!(size_of::<OutboundRules>() == 16 * MAX_ADDRESSES + 2 * MAX_PORTS + 12);
-    assert!(size_of::<InboundRules>() == 16 * MAX_ADDRESSES + 2 * MAX_PORTS + 16);
+    assert!(size_of::<InboundRules>() == 16 * MAX_ADDRESSES + 2 * MAX_PORTS + 24);
     assert!(size_of::<CidrKey>() == 24);
     assert!(size_of::<ResolverKey>() == 16);
 };

@@ -92,6 +92,8 @@ verdicts! {
         HboneNoListener = "hbone_no_listener",
         /// The local port is excluded: straight to the application.
         ExcludedPort = "excluded_port",
+        /// The source is excluded: straight to the application.
+        ExcludedCidr = "excluded_cidr",
         /// Plaintext that no policy can admit: refused.
         PlaintextDropped = "plaintext_dropped",
         /// Plaintext, given to a worker.

@@ -9,14 +9,16 @@ use aya_ebpf::{
         sk_action::SK_PASS,
     },
     helpers::bpf_get_smp_processor_id,
+    maps::lpm_trie::Key,
     programs::SkLookupContext,
 };
 use ebpf_abi::{
-    Address, HBONE_PORT, InboundRules, ListenerKind, LookupVerdict, MAX_WORKERS, PLAINTEXT_PASS,
-    PLAINTEXT_PROXY, holds_address, holds_port, listener_slot,
+    Address, CIDR_COOKIE_BITS, CIDR_JUDGED, CidrKey, HBONE_PORT, InboundRules, ListenerKind,
+    LookupVerdict, MAX_WORKERS, PLAINTEXT_DROP, PLAINTEXT_PASS, PLAINTEXT_PROXY, holds_address,
+    holds_port, listener_slot,
 };
 
-use crate::maps::{LISTENERS, LOOKUP_VERDICTS, POD, count};
+use crate::maps::{CIDRS, LISTENERS, LOOKUP_VERDICTS, POD, count};
 
 #[inline(always)]
 pub(crate) fn steer(ctx: &SkLookupContext) -> u32 {
@@ -52,6 +54,7 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> u32 {
         // Nothing was assigned: the kernel looks for the application's listener.
         LookupVerdict::InsidePod
         | LookupVerdict::ExcludedPort
+        | LookupVerdict::ExcludedCidr
         | LookupVerdict::PlaintextPassed => SK_PASS,
         // PROTOCOL.md#lo-unanswered
         // Passing would hand it to whatever wildcard listener the application has. On `lo` no reset
@@ -95,7 +98,8 @@ fn verdict(ctx: &SkLookupContext, rules: &InboundRules) -> LookupVerdict {
     // PROTOCOL.md#self-traffic-ifindex
     // What a pod sends to its own address loops over `lo` but shows the device of that address.
     // From outside the kernel lets no such source in (IPv4), or its answer stays here (IPv6).
-    if holds_address(&rules.addresses, &remote_address(ctx.lookup)) {
+    let remote = remote_address(ctx.lookup);
+    if holds_address(&rules.addresses, &remote) {
         return LookupVerdict::InsidePod;
     }
     let port = local_port(ctx.lookup);
@@ -111,7 +115,20 @@ fn verdict(ctx: &SkLookupContext, rules: &InboundRules) -> LookupVerdict {
     if holds_port(&rules.excluded_ports, port) {
         return LookupVerdict::ExcludedPort;
     }
-    match rules.plaintext {
+    let mut plaintext = rules.plaintext;
+    if rules.cidrs != 0 {
+        let key = CidrKey {
+            cookie: rules.cidrs,
+            address: remote,
+        };
+        match CIDRS.get(Key::new(CIDR_COOKIE_BITS + 128, key)) {
+            // Whether it is admitted is not decided here.
+            Some(&CIDR_JUDGED) if plaintext == PLAINTEXT_DROP => plaintext = PLAINTEXT_PROXY,
+            Some(&CIDR_JUDGED) | None => {}
+            Some(_) => return LookupVerdict::ExcludedCidr,
+        }
+    }
+    match plaintext {
         PLAINTEXT_PASS => LookupVerdict::PlaintextPassed,
         PLAINTEXT_PROXY => assign(
             ctx,

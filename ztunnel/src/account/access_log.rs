@@ -108,10 +108,11 @@ fn seen_from_here(opening: &Opening, ending: &Ending) -> (u64, u64) {
     }
 }
 
-/// Told only where the line would look like that of a tunnel, and there was none.
+/// Told only where the line would look like that of a tunnel, and there was none, or like one that
+/// policy admitted, and it did not.
 const fn path(security: SecurityPolicy) -> Option<&'static str> {
     match security {
-        SecurityPolicy::NodeLocal => Some(security.path()),
+        SecurityPolicy::NodeLocal | SecurityPolicy::Probe => Some(security.path()),
         SecurityPolicy::MutualTls | SecurityPolicy::Unknown => None,
     }
 }

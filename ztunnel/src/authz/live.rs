@@ -61,6 +61,22 @@ impl Live {
         Ok(Permit::new(registration, verdict))
     }
 
+    /// A permit for a connection that asks a pod how it is, past its policies; none if it is not
+    /// listed as such. Whoever asks for it has seen the proof that the list demands.
+    ///
+    /// Take both from the worker's snapshot in the same breath.
+    #[must_use]
+    pub fn admit_probe(
+        &self,
+        policies: &Policies,
+        destination: &Arc<Workload>,
+        flow: Flow,
+    ) -> Option<Permit> {
+        policies.probes().of(destination, &flow)?;
+        let registration = self.register(Subject::Probe(flow), &destination.uid);
+        Some(Permit::new(registration, Verdict::default()))
+    }
+
     /// A permit for a connection that leaves a pod which is enrolled here and whose identity we
     /// hold. Policy does not withdraw it; it lasts while this is the workload's identity.
     ///
@@ -86,6 +102,11 @@ impl Live {
                 Subject::Inbound(flow) => check(policies, &workload, flow)
                     .is_err()
                     .then_some(Reason::PolicyRevoked),
+                Subject::Probe(flow) => {
+                    let probe = policies.probes().of(&workload, flow).is_some();
+                    (!probe && check(policies, &workload, flow).is_err())
+                        .then_some(Reason::PolicyRevoked)
+                }
                 // The other end was told an identity that is not the workload's any more.
                 Subject::Outbound(identity) => (workload.identity.as_ref() != Some(identity))
                     .then_some(Reason::UnknownWorkload),

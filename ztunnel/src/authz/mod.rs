@@ -7,6 +7,7 @@ mod matcher;
 mod permit;
 mod plaintext;
 mod policies;
+mod probes;
 #[cfg(test)]
 mod testing;
 
@@ -15,3 +16,4 @@ pub use live::Live;
 pub use permit::Permit;
 pub use plaintext::{PlaintextVerdict, plaintext_verdict};
 pub use policies::Policies;
+pub use probes::{Probe, Probes};

@@ -26,6 +26,8 @@ pub(super) enum Subject {
     Inbound(Flow),
     /// From a workload of this node that is enrolled and whose identity we hold.
     Outbound(SpiffeId),
+    /// To a workload of this node, to ask it how it is.
+    Probe(Flow),
 }
 
 impl Permit {
@@ -45,16 +47,22 @@ impl Permit {
     #[must_use]
     pub fn flow(&self) -> Option<&Flow> {
         match self.registration.subject() {
-            Subject::Inbound(flow) => Some(flow),
+            Subject::Inbound(flow) | Subject::Probe(flow) => Some(flow),
             Subject::Outbound(_) => None,
         }
+    }
+
+    /// Whether it was given past the policies, to ask a pod how it is.
+    #[must_use]
+    pub fn is_probe(&self) -> bool {
+        matches!(self.registration.subject(), Subject::Probe(_))
     }
 
     /// Who is at the source, where that is proven.
     #[must_use]
     pub fn source(&self) -> Option<&SpiffeId> {
         match self.registration.subject() {
-            Subject::Inbound(flow) => flow.source_identity.as_ref(),
+            Subject::Inbound(flow) | Subject::Probe(flow) => flow.source_identity.as_ref(),
             Subject::Outbound(source) => Some(source),
         }
     }

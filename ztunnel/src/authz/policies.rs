@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use super::probes::Probes;
 use crate::model::{Policy, PolicyKey, Scope, Workload};
 
 /// An immutable, indexed set of policies.
@@ -12,6 +13,7 @@ pub struct Policies {
     by_key: BTreeMap<PolicyKey, Arc<Policy>>,
     by_namespace: HashMap<Arc<str>, Vec<Arc<Policy>>>,
     global: Vec<Arc<Policy>>,
+    probes: Arc<Probes>,
 }
 
 impl Policies {
@@ -38,7 +40,20 @@ impl Policies {
             by_key,
             by_namespace,
             global,
+            probes: Arc::default(),
         }
+    }
+
+    /// The same policies with these exemptions from them.
+    #[must_use]
+    pub fn with_probes(self, probes: Arc<Probes>) -> Self {
+        Self { probes, ..self }
+    }
+
+    /// The exemptions.
+    #[must_use]
+    pub fn probes(&self) -> &Arc<Probes> {
+        &self.probes
     }
 
     /// The policy of this key.

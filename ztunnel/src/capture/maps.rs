@@ -19,7 +19,10 @@ use ebpf_abi::{
 };
 
 use super::{
-    Error, NetnsCookie, PodSettings, WorkerListeners, listen::DNS_PORT, settings::StandIns, sys,
+    Error, NetnsCookie, PodSettings, WorkerListeners,
+    listen::DNS_PORT,
+    settings::{StandIns, inbound_cookie},
+    sys,
 };
 
 /// How often one verdict was given since its counter was made.
@@ -205,7 +208,7 @@ impl NodeMaps {
     pub(super) fn replace_cidrs(
         &mut self,
         cookie: NetnsCookie,
-        wanted: &[(u32, CidrKey)],
+        list: &[(u32, CidrKey, u8)],
     ) -> Result<(), Error> {
         let stale = self
             .cidrs
@@ -214,12 +217,16 @@ impl NodeMaps {
             .map_err(Error::map(map::CIDRS))?
             .into_iter()
             .filter(|key| {
-                key.data().cookie == cookie.0 && !wanted.contains(&(key.prefix_len(), key.data()))
+                let owners = [cookie.0, inbound_cookie(cookie)];
+                let wanted = |(bits, data, _): &(u32, CidrKey, u8)| {
+                    (*bits, *data) == (key.prefix_len(), key.data())
+                };
+                owners.contains(&key.data().cookie) && !list.iter().any(wanted)
             })
             .collect::<Vec<_>>();
-        for (bits, data) in wanted {
+        for (bits, data, meaning) in list {
             self.cidrs
-                .insert(&Key::new(*bits, *data), 1, 0)
+                .insert(&Key::new(*bits, *data), meaning, 0)
                 .map_err(|error| match full(&error) {
                     true => Error::CidrsFull { max: MAX_CIDRS },
                     false => Error::map(map::CIDRS)(error),
@@ -361,7 +368,7 @@ pub(super) fn closed_rules(dns: bool) -> Result<(OutboundRules, InboundRules), E
     };
     Ok((
         settings.outbound(stand_ins)?,
-        settings.inbound(&base, stand_ins)?,
+        settings.inbound(&base, NetnsCookie(0), stand_ins)?,
     ))
 }
 

@@ -3,6 +3,7 @@
 
 mod accept;
 mod bpf;
+mod diag;
 mod dial;
 mod error;
 mod external;
@@ -25,6 +26,7 @@ mod watch;
 
 pub use accept::{Arrival, Captured, Listener};
 pub use bpf::{Capture, Params};
+pub use diag::node_holds;
 pub use dial::Dialer;
 pub use error::Error;
 pub use external::{External, ExternalParams, ExternalPod};

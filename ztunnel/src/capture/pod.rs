@@ -145,7 +145,7 @@ impl PodCapture {
             return Err(Error::NotEnrolled { cookie });
         }
         let mut pod = PodMaps::open(&self.node.generation.pod(cookie))?;
-        let inbound = settings.inbound(&pod.rules()?, stand_ins)?;
+        let inbound = settings.inbound(&pod.rules()?, cookie, stand_ins)?;
         pod.set_rules(&inbound)?;
         state.maps.replace_cidrs(cookie, &settings.cidrs(cookie))?;
         state.maps.put_pod(cookie, &outbound)?;
@@ -229,7 +229,9 @@ impl Entry<'_> {
             sysctls_turned_on: before.sysctls_turned_on | base.sysctls_turned_on,
             ..*base
         };
-        let rules = self.settings.inbound(&base, self.stand_ins)?;
+        let rules = self
+            .settings
+            .inbound(&base, self.netns.cookie(), self.stand_ins)?;
         pod.put_listeners(listeners)?;
         pod.set_rules(&rules)?;
         pod.clear_listeners(base.workers)?;
@@ -252,7 +254,11 @@ impl Entry<'_> {
         let mut object = state.loader.object(&generation.dir, Some(&unfinished))?;
         let mut pod = PodMaps::open(&unfinished)?;
         pod.put_listeners(listeners)?;
-        pod.set_rules(&self.settings.inbound(base, self.stand_ins)?)?;
+        pod.set_rules(
+            &self
+                .settings
+                .inbound(base, self.netns.cookie(), self.stand_ins)?,
+        )?;
         swap_or_attach(&mut object, self.netns, &dir, &unfinished)?;
         pins::remove(&dir)?;
         pins::publish(&unfinished, &dir)

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ebpf_abi::{
-    Address, CIDR_COOKIE_BITS, CidrKey, InboundRules, MAX_ADDRESSES, MAX_PORTS, OutboundRules,
-    PLAINTEXT_DROP, PLAINTEXT_PASS, PLAINTEXT_PROXY,
+    Address, CIDR_COOKIE_BITS, CIDR_EXCLUDED, CIDR_INBOUND, CIDR_JUDGED, CidrKey, InboundRules,
+    MAX_ADDRESSES, MAX_PORTS, OutboundRules, PLAINTEXT_DROP, PLAINTEXT_PASS, PLAINTEXT_PROXY,
 };
 use ipnet::IpNet;
 
@@ -25,6 +25,10 @@ pub struct PodSettings {
     pub excluded_outbound_cidrs: Vec<IpNet>,
     /// Ports of the pod that are reached without us.
     pub excluded_inbound_ports: Vec<u16>,
+    /// Sources that reach the pod without us.
+    pub excluded_inbound_cidrs: Vec<IpNet>,
+    /// Sources whose plaintext comes to us also under [`PlaintextVerdict::Drop`].
+    pub judged_sources: Vec<IpAddr>,
     /// Its questions to resolvers are captured, if those of any pod are.
     pub dns: bool,
 }
@@ -81,6 +85,7 @@ impl PodSettings {
     pub(super) fn inbound(
         &self,
         base: &InboundRules,
+        cookie: NetnsCookie,
         dns: StandIns,
     ) -> Result<InboundRules, Error> {
         Ok(InboundRules {
@@ -94,24 +99,46 @@ impl PodSettings {
             workers: base.workers,
             sysctls_turned_on: base.sysctls_turned_on,
             dns: self.dns_port(dns),
+            cidrs: match (&self.excluded_inbound_cidrs[..], &self.judged_sources[..]) {
+                ([], []) => 0,
+                _ => inbound_cookie(cookie),
+            },
         })
     }
 
-    /// Prefix length and data of every excluded network.
-    pub(super) fn cidrs(&self, cookie: NetnsCookie) -> Vec<(u32, CidrKey)> {
-        self.excluded_outbound_cidrs
-            .iter()
-            .map(|network| {
-                let bits = match network {
-                    IpNet::V4(network) => 96 + u32::from(network.prefix_len()),
-                    IpNet::V6(network) => u32::from(network.prefix_len()),
-                };
-                let key = CidrKey {
-                    cookie: cookie.0,
-                    address: address(network.network()),
-                };
-                (CIDR_COOKIE_BITS + bits, key)
-            })
+    /// Prefix length, data and meaning of every network that is not like the others.
+    pub(super) fn cidrs(&self, cookie: NetnsCookie) -> Vec<(u32, CidrKey, u8)> {
+        let outbound = cookie.0;
+        let inbound = inbound_cookie(cookie);
+        let excluded = |network: &IpNet, cookie| {
+            let bits = match network {
+                IpNet::V4(network) => 96 + u32::from(network.prefix_len()),
+                IpNet::V6(network) => u32::from(network.prefix_len()),
+            };
+            let address = address(network.network());
+            let key = CidrKey { cookie, address };
+            (CIDR_COOKIE_BITS + bits, key, CIDR_EXCLUDED)
+        };
+        let judged = |source: &IpAddr| {
+            let key = CidrKey {
+                cookie: inbound,
+                address: address(*source),
+            };
+            (CIDR_COOKIE_BITS + 128, key, CIDR_JUDGED)
+        };
+        let outbounds = self.excluded_outbound_cidrs.iter();
+        let inbounds = self.excluded_inbound_cidrs.iter();
+        // The longest prefix counts: whoever is in an excluded network would be judged all the same.
+        let is_excluded = |source: &IpAddr| {
+            let mut networks = self.excluded_inbound_cidrs.iter();
+            networks.any(|network| network.contains(source))
+        };
+        let judges = self.judged_sources.iter();
+        let judges = judges.filter(|source| !is_excluded(source));
+        outbounds
+            .map(|network| excluded(network, outbound))
+            .chain(inbounds.map(|network| excluded(network, inbound)))
+            .chain(judges.map(judged))
             .collect()
     }
 
@@ -133,6 +160,11 @@ impl PodSettings {
         }
         Ok(slots)
     }
+}
+
+/// The cookie that a pod's sources have in the map of networks.
+pub(super) const fn inbound_cookie(cookie: NetnsCookie) -> u64 {
+    cookie.0 | CIDR_INBOUND
 }
 
 fn port_slots(what: &'static str, ports: &[u16]) -> Result<[u16; MAX_PORTS], Error> {
@@ -187,12 +219,46 @@ mod tests {
         };
         let keys = settings.cidrs(NetnsCookie(7));
         assert_eq!(
-            keys.iter().map(|(bits, _)| *bits).collect::<Vec<_>>(),
+            keys.iter().map(|(bits, ..)| *bits).collect::<Vec<_>>(),
             [64 + 96 + 8, 64 + 48, 64 + 96]
         );
-        assert!(keys.iter().all(|(_, key)| key.cookie == 7));
+        assert!(keys.iter().all(|(_, key, _)| key.cookie == 7));
         // The whole of IPv4 excludes nothing of IPv6.
         assert_eq!(keys[2].1.address, address("0.0.0.0".parse().unwrap()));
+    }
+
+    #[test]
+    fn sources_are_told_from_destinations_and_an_exclusion_beats_a_judgement() {
+        let settings = PodSettings {
+            excluded_outbound_cidrs: vec!["10.0.0.0/8".parse().unwrap()],
+            excluded_inbound_cidrs: ["10.1.2.3/32", "10.9.0.0/16"]
+                .map(|network| network.parse().unwrap())
+                .into(),
+            judged_sources: ["10.1.2.3", "10.9.0.1", "fd00::1"]
+                .map(|ip| ip.parse().unwrap())
+                .into(),
+            ..PodSettings::default()
+        };
+        let keys = settings.cidrs(NetnsCookie(7));
+        let of = |ip: &str| -> Vec<_> {
+            let is_it = |(_, key, _): &&(u32, CidrKey, u8)| {
+                key.cookie == 7 | 1 << 63 && key.address == address(ip.parse().unwrap())
+            };
+            let found = keys.iter().filter(is_it);
+            found.map(|(bits, _, meaning)| (*bits, *meaning)).collect()
+        };
+        assert_eq!(of("10.1.2.3"), [(64 + 128, CIDR_EXCLUDED)]);
+        assert_eq!(of("10.9.0.0"), [(64 + 96 + 16, CIDR_EXCLUDED)]);
+        assert_eq!(of("10.9.0.1"), [], "its network is excluded");
+        assert_eq!(of("fd00::1"), [(64 + 128, CIDR_JUDGED)]);
+        assert_eq!(of("10.0.0.0"), [], "a destination is no source");
+        let cidrs = |settings: &PodSettings| {
+            let base = InboundRules::default();
+            let rules = settings.inbound(&base, NetnsCookie(7), StandIns::default());
+            rules.unwrap().cidrs
+        };
+        assert_eq!(cidrs(&settings), 7 | 1 << 63);
+        assert_eq!(cidrs(&PodSettings::default()), 0, "no lookup");
     }
 
     #[test]
@@ -214,7 +280,11 @@ mod tests {
             Err(Error::TooMany { max: 8, .. })
         ));
         assert!(matches!(
-            addresses.inbound(&InboundRules::default(), StandIns::default()),
+            addresses.inbound(
+                &InboundRules::default(),
+                NetnsCookie(7),
+                StandIns::default()
+            ),
             Err(Error::TooMany { max: 8, .. })
         ));
     }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::apply::Change;
-use crate::authz::Policies;
+use crate::authz::{Policies, Probes};
 use crate::model::{NamespacedHostname, Policy, PolicyKey, Service, Workload, WorkloadUid};
 use crate::resolve::{self, Snapshot};
 
@@ -66,6 +66,20 @@ impl World {
         })
     }
 
+    /// The world that follows this one with these sources of probes; `None` if it has them.
+    #[must_use]
+    pub fn with_probes(&self, probes: &Arc<Probes>) -> Option<Self> {
+        if self.policies.probes() == probes {
+            return None;
+        }
+        let policies = Policies::clone(&self.policies).with_probes(Arc::clone(probes));
+        Some(Self {
+            generation: self.generation + 1,
+            snapshot: Arc::clone(&self.snapshot),
+            policies: Arc::new(policies),
+        })
+    }
+
     /// What a change means for the snapshot, if it is not there already.
     // PROTOCOL.md#address-removal
     fn address_change(&self, change: Change) -> Option<resolve::Change> {
@@ -118,7 +132,8 @@ impl World {
                 | Change::Workload(_) => {}
             }
         }
-        next.map(|map| Policies::new(map.into_values()))
+        let probes = || Arc::clone(self.policies.probes());
+        next.map(|map| Policies::new(map.into_values()).with_probes(probes()))
     }
 
     /// The world that follows this one, with everything replaced.

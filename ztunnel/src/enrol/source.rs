@@ -142,6 +142,8 @@ pub struct Exclusions {
     pub outbound_cidrs: Vec<IpNet>,
     /// Destination ports of its outbound connections.
     pub outbound_ports: Vec<u16>,
+    /// Sources of its inbound connections.
+    pub inbound_cidrs: Vec<IpNet>,
     /// Its own ports.
     pub inbound_ports: Vec<u16>,
     /// Questions to resolvers.

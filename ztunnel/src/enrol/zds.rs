@@ -72,7 +72,7 @@ enum Event {
 /// A request with what came beside it.
 #[derive(Debug)]
 enum Order {
-    Add(Listed),
+    Add(Box<Listed>),
     Delete(PodUid),
     Keep(PodUid),
     SnapshotSent,
@@ -185,7 +185,7 @@ impl Agent {
         Ok(match order {
             Order::Add(pod) => {
                 let uid = pod.uid.clone();
-                self.roster.add(pod)?;
+                self.roster.add(*pod)?;
                 Ordered::Enrol(uid)
             }
             Order::Delete(uid) => match self.roster.delete(uid)? {
@@ -410,12 +410,12 @@ fn understand(packet: Packet) -> Result<Order, Invalid> {
         Err(error) => return Err(error.into()),
     };
     let order = match (request, descriptors.next()) {
-        (ZdsRequest::Add(uid, pod), Some(netns)) if count == 1 => Order::Add(Listed {
+        (ZdsRequest::Add(uid, pod), Some(netns)) if count == 1 => Order::Add(Box::new(Listed {
             uid,
             pod,
             place: Place::Handed(Handed::new(netns)),
             exclusions: Exclusions::default(),
-        }),
+        })),
         (ZdsRequest::Add(..), _) => return Err(Invalid::Descriptors(count)),
         (_, Some(_)) => return Err(Invalid::DescriptorUnwanted(count)),
         (ZdsRequest::Delete(uid), None) => Order::Delete(uid),

@@ -48,6 +48,8 @@ pub enum SecurityPolicy {
     MutualTls,
     /// Not at all: both ends are pods of this node, which answers for who they are.
     NodeLocal,
+    /// In the clear: a process of this node asks a pod how it is.
+    Probe,
     /// In the clear, or not known.
     Unknown,
 }
@@ -61,7 +63,7 @@ impl SecurityPolicy {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::MutualTls | Self::NodeLocal => "mutual_tls",
-            Self::Unknown => "unknown",
+            Self::Probe | Self::Unknown => "unknown",
         }
     }
 
@@ -71,6 +73,7 @@ impl SecurityPolicy {
         match self {
             Self::MutualTls => "hbone",
             Self::NodeLocal => "node_local",
+            Self::Probe => "probe",
             Self::Unknown => "plaintext",
         }
     }
@@ -80,12 +83,12 @@ impl SecurityPolicy {
     pub const fn proves_identity(self) -> bool {
         match self {
             Self::MutualTls | Self::NodeLocal => true,
-            Self::Unknown => false,
+            Self::Probe | Self::Unknown => false,
         }
     }
 
     /// All of them, for counters that exist from the start.
-    pub const ALL: [Self; 3] = [Self::MutualTls, Self::NodeLocal, Self::Unknown];
+    pub const ALL: [Self; 4] = [Self::MutualTls, Self::NodeLocal, Self::Probe, Self::Unknown];
 }
 
 /// What policy is judged on: addresses, and the identity that TLS proved.

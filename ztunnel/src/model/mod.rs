@@ -8,6 +8,7 @@ mod flow;
 mod identity;
 mod key_exchange;
 mod policy;
+mod probe;
 mod reason;
 mod service;
 #[cfg(test)]
@@ -25,6 +26,7 @@ pub use key_exchange::KeyExchange;
 pub use policy::{
     Action, Clause, Match, Policy, PolicyKey, Rule, Scope, ServiceAccountMatch, StringMatch,
 };
+pub use probe::ProbeSource;
 pub use reason::{LogLevel, Reason, ToReason};
 pub use service::{
     HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, PortMap, RoutingScope, Service,

@@ -9,7 +9,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
 use super::*;
-use crate::model::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
+use crate::authz::Probes;
+use crate::model::{Action, Clause, Match, PodRef, Policy, ProbeSource, Rule, Scope, StringMatch};
 use crate::testing::{Pod, own_ip, worker, workload, world};
 
 /// Refuses whoever proves no identity, except on a port.
@@ -77,6 +78,46 @@ async fn strictness_refuses_plaintext_before_the_application_but_for_the_exempte
                 assert!(nobody.is_err());
                 assert_eq!(pod.ended(Direction::Inbound, Reason::PolicyDenied), 1);
             }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_probe_passes_policy_if_the_node_holds_its_other_end() {
+    worker(async {
+        let ip = own_ip();
+        let app = TcpListener::bind((ip, 0)).await.unwrap();
+        let at = app.local_addr().unwrap();
+        let bank = PodRef {
+            name: "bank".into(),
+            namespace: "shop".into(),
+            service_account: "bank".into(),
+        };
+        let source = ProbeSource {
+            address: "127.0.0.1".parse().unwrap(),
+            ports: vec![at.port()],
+        };
+        let probes = Arc::new(Probes::new([(&bank, &[source][..])], Vec::new()));
+        for held in [true, false] {
+            let strict = world(vec![workload("bank", ip)], vec![], vec![strict(1)]);
+            let pod = Pod::new(strict.with_probes(&probes).unwrap());
+            pod.made.node_holds.set(held);
+            let mut client = dial(&pod, at).await;
+            if held {
+                let (mut socket, _) = app.accept().await.unwrap();
+                socket.write_all(b"alive").await.unwrap();
+                let mut heard = [0; 5];
+                client.read_exact(&mut heard).await.unwrap();
+                assert_eq!(&heard, b"alive");
+            } else {
+                is_closed_without_a_byte(client).await;
+                assert_eq!(pod.made.count(), 0, "nothing was dialled");
+                assert_eq!(pod.ended(Direction::Inbound, Reason::PolicyDenied), 1);
+            }
+            let probes = u64::from(held);
+            assert_eq!(pod.routed(Direction::Inbound, "probe"), probes);
+            assert_eq!(pod.routed(Direction::Inbound, "plaintext"), 1 - probes);
         }
     })
     .await;

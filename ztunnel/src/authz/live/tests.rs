@@ -4,8 +4,12 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
 use super::*;
-use crate::authz::testing::{flow, global, principal, rule, workload};
-use crate::model::{Action, Policy, Rule, Scope, StringMatch, ToReason as _};
+use crate::authz::Probes;
+use crate::authz::testing::{anonymous, flow, global, principal, rule, workload};
+use crate::model::{
+    Action, ClientAddr, OrigDst, PodRef, Policy, ProbeSource, Rule, Scope, StringMatch,
+    ToReason as _,
+};
 
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
@@ -79,7 +83,7 @@ fn a_new_deny_revokes_what_it_matches_and_nothing_else() {
     let outbound = live.outbound(&to.uid, WEB.parse().unwrap());
     assert_eq!(now(web.revoked()), None);
 
-    let anonymous = rule(vec![crate::authz::testing::anonymous()]);
+    let anonymous = rule(vec![anonymous()]);
     let mut rules = only("web");
     rules.push(anonymous);
     let after = policies(vec![global("r/d", Action::Deny, rules)]);
@@ -189,4 +193,43 @@ async fn a_waiter_wakes_when_the_permit_is_revoked_and_may_be_cancelled_before()
     };
     let (reason, ()) = tokio::join!(permit.revoked(), revoke);
     assert_eq!(reason, Reason::UnknownWorkload);
+}
+
+#[test]
+fn a_probes_permit_lasts_while_its_source_is_listed_or_policy_admits_it() {
+    let mut to = workload("shop", &[]);
+    to.name = "cart-1".into();
+    let to = Arc::new(to);
+    let pod = PodRef {
+        name: "cart-1".into(),
+        namespace: "shop".into(),
+        service_account: "cart".into(),
+    };
+    let listed = ProbeSource {
+        address: "10.0.0.1".parse().unwrap(),
+        ports: vec![8080],
+    };
+    let probes = Arc::new(Probes::new([(&pod, &[listed][..])], Vec::new()));
+    let strict = || {
+        let nobody = vec![rule(vec![anonymous()])];
+        policies(vec![global("r/strict", Action::Deny, nobody)])
+    };
+    let probe = |port: u16| Flow {
+        source: ClientAddr::new("10.0.0.1:40000".parse().unwrap()),
+        source_identity: None,
+        destination: OrigDst::new(([10, 0, 0, 2], port).into()),
+    };
+    let live = Live::default();
+    let listing = strict().with_probes(probes);
+    assert!(live.admit_probe(&listing, &to, probe(80)).is_none());
+    assert!(live.admit_probe(&strict(), &to, probe(8080)).is_none());
+    assert!(live.is_empty());
+    let permit = live.admit_probe(&listing, &to, probe(8080)).unwrap();
+    assert!(permit.is_probe());
+    assert_eq!((permit.flow(), permit.source()), (Some(&probe(8080)), None));
+    let same = |_: &WorkloadUid| Some(Arc::clone(&to));
+    assert_eq!(live.judge_again(&listing, same), 0);
+    assert_eq!(live.judge_again(&Policies::default(), same), 0, "admitted");
+    assert_eq!(live.judge_again(&strict(), same), 1);
+    assert_eq!(now(permit.revoked()), Some(Reason::PolicyRevoked));
 }

@@ -12,7 +12,7 @@ use serde_saphyr::{Location, MessageFormatter as _, Spanned, UserMessageFormatte
 
 use super::shape;
 use crate::control::{Change, Error};
-use crate::model::{NetworkAddr, NetworkMode, PodRef, Policy, Service, Workload};
+use crate::model::{NetworkAddr, NetworkMode, PodRef, Policy, ProbeSource, Service, Workload};
 
 /// Everything that a file says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -81,6 +81,10 @@ pub struct PodEntry {
     pub exclude_outbound_ports: Vec<u16>,
     /// Its own ports at which inbound connections are not captured.
     pub exclude_inbound_ports: Vec<u16>,
+    /// Sources from which connections into it are not captured.
+    pub exclude_inbound_cidrs: Vec<IpNet>,
+    /// From where this node asks it how it is, past its policies.
+    pub probe_sources: Vec<ProbeSource>,
     /// Its questions to resolvers are captured, if those of any pod are.
     pub dns_capture: bool,
 }
@@ -236,7 +240,7 @@ fn state(shape: shape::File) -> Result<State, Fault> {
     let mut namespaces = Taken::new("network namespace");
     for (index, entry) in shape.pods.into_iter().enumerate() {
         let here = Here::new("pods", index, &entry);
-        let pod = entry.value.into_pod();
+        let pod = entry.value.into_pod().map_err(|fault| here.fault(fault))?;
         pods.take(pod.pod.to_string(), &here, ".name", here.place)?;
         let netns = pod.netns.display().to_string();
         namespaces.take(netns, &here, ".netns", here.place)?;

@@ -16,7 +16,7 @@ use super::parse::PodEntry;
 use crate::model::{
     Action, AppProtocol, ApplicationTunnel, Clause, GatewayAddress, GatewayDestination, Health,
     HealthPolicy, InvalidSpiffeId, IpFamilies, LoadBalancer, LoadBalancerMode, Locality, Match,
-    NamespacedHostname, NetworkAddr, NetworkMode, PodRef, Policy, PolicyKey, Protocol,
+    NamespacedHostname, NetworkAddr, NetworkMode, PodRef, Policy, PolicyKey, ProbeSource, Protocol,
     RoutingScope, Rule, Scope, Service, ServiceAccountMatch, StringMatch, Visibility,
     WeightedWaypoint, Workload, WorkloadUid,
 };
@@ -223,12 +223,23 @@ pub(super) struct FilePod {
     exclude_outbound_ports: Vec<Leaf<Port>>,
     #[serde(default)]
     exclude_inbound_ports: Vec<Leaf<Port>>,
+    #[serde(default)]
+    exclude_inbound_cidrs: Vec<Leaf<IpNet>>,
+    #[serde(default)]
+    probe_sources: Vec<FileProbe>,
     #[serde(default = "yes")]
     dns_capture: bool,
 }
 
 const fn yes() -> bool {
     true
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct FileProbe {
+    address: Leaf<IpAddr>,
+    ports: Vec<Leaf<Port>>,
 }
 
 impl FileWorkload {
@@ -412,9 +423,11 @@ impl From<FileString> for StringMatch {
 }
 
 impl FilePod {
-    pub(super) fn into_pod(self) -> PodEntry {
+    pub(super) fn into_pod(self) -> Result<PodEntry, KeyFault> {
+        let probes = self.probe_sources.into_iter().map(FileProbe::into_probe);
+        let probe_sources = probes.collect::<Result<_, _>>()?;
         let service_account = or(&self.service_account, DEFAULT_SERVICE_ACCOUNT).into();
-        PodEntry {
+        Ok(PodEntry {
             pod: PodRef {
                 name: self.name.0.0,
                 namespace: self.namespace.0.0,
@@ -424,8 +437,27 @@ impl FilePod {
             exclude_outbound_cidrs: leaves(self.exclude_outbound_cidrs),
             exclude_outbound_ports: ports(self.exclude_outbound_ports),
             exclude_inbound_ports: ports(self.exclude_inbound_ports),
+            exclude_inbound_cidrs: leaves(self.exclude_inbound_cidrs),
+            probe_sources,
             dns_capture: self.dns_capture,
+        })
+    }
+}
+
+impl FileProbe {
+    fn into_probe(self) -> Result<ProbeSource, KeyFault> {
+        let address = self.address.0;
+        let fault = |what: String| Err(("probeSources", what));
+        if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+            return fault(format!("nobody asks a pod from {address}"));
         }
+        if self.ports.is_empty() {
+            return fault(format!("no port may be asked from {address}"));
+        }
+        Ok(ProbeSource {
+            address,
+            ports: ports(self.ports),
+        })
     }
 }
 

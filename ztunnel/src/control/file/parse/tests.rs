@@ -315,6 +315,8 @@ pods:
   excludeOutboundPorts: [53]
   excludeOutboundCidrs: [169.254.0.0/16]
   excludeInboundPorts: [9100]
+  excludeInboundCidrs: [10.9.0.0/16, 'fd09::/16']
+  probeSources: [{address: 10.0.0.1, ports: [8080]}, {address: 'fd00::1', ports: [80, 81]}]
   dnsCapture: false
 ",
     )
@@ -345,6 +347,17 @@ pods:
         ["169.254.0.0/16".parse().unwrap()]
     );
     assert_eq!(cart.exclude_inbound_ports, [9100]);
+    let sources = cart.probe_sources.iter();
+    let sources: Vec<_> = sources
+        .map(|source| (source.address.to_string(), source.ports.clone()))
+        .collect();
+    let listed = [("10.0.0.1", vec![8080]), ("fd00::1", vec![80, 81])];
+    assert_eq!(sources, listed.map(|(ip, ports)| (ip.to_owned(), ports)));
+    assert!(web.probe_sources.is_empty());
+    assert_eq!(
+        cart.exclude_inbound_cidrs,
+        ["10.9.0.0/16", "fd09::/16"].map(|net| net.parse().unwrap())
+    );
     assert!(!cart.dns_capture);
 }
 
@@ -577,6 +590,18 @@ fn missing_keys_are_named() {
             "missing field `rules`",
         ),
         ("pods: [{name: a, namespace: b}]", "missing field `netns`"),
+        (
+            "pods: [{name: a, namespace: b, netns: /x, probeSources: [{address: 10.0.0.1}]}]",
+            "missing field `ports`",
+        ),
+        (
+            "pods: [{name: a, namespace: b, netns: /x, probeSources: [{address: 10.0.0.1, ports: []}]}]",
+            "pods[0].probeSources: no port may be asked from 10.0.0.1",
+        ),
+        (
+            "pods: [{name: a, namespace: b, netns: /x, probeSources: [{address: '::', ports: [1]}]}]",
+            "pods[0].probeSources: nobody asks a pod from ::",
+        ),
         (
             "pods: [{name: '', namespace: b, netns: /x}]",
             "a name cannot be empty",
