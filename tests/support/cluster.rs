@@ -3,6 +3,7 @@
 //! one of the three.
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
@@ -11,11 +12,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 
 use crate::{
     netns::Netns,
     process::{Running, finish, output},
-    topology::{POD_NAMESPACE, Pod, Topology},
+    topology::{Pod, Topology},
     wait,
 };
 
@@ -24,7 +26,7 @@ use crate::{
 pub struct Cluster {
     // Before what it talks to.
     istiod: Option<Running>,
-    _apiserver: Running,
+    apiserver: Running,
     _etcd: Running,
     netns: Netns,
     address: String,
@@ -33,8 +35,9 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts all three in a node's namespace, with the mesh's resource definitions, and waits until they serve.
-    pub fn start(topology: &Topology, node: &str) -> Result<Self> {
+    /// Starts all three in a node's namespace, istiod with these arguments, and the mesh's resource definitions; waits
+    /// until they serve.
+    pub fn start(topology: &Topology, node: &str, istiod: &[&str]) -> Result<Self> {
         let tools = tools()?;
         let net = topology.node(node)?;
         let (netns, address) = (net.netns.clone(), net.v4.to_string());
@@ -61,7 +64,7 @@ impl Cluster {
         let apiserver = start_apiserver(&tools, &directory, &netns, &address)?;
         let mut cluster = Self {
             istiod: None,
-            _apiserver: apiserver,
+            apiserver,
             _etcd: etcd,
             netns,
             address,
@@ -69,7 +72,7 @@ impl Cluster {
             tools,
         };
         cluster.prepare()?;
-        cluster.start_istiod(&[])?;
+        cluster.start_istiod(istiod)?;
         Ok(cluster)
     }
 
@@ -90,13 +93,7 @@ impl Cluster {
         })?;
         let crds = self.tools.join("crds").display().to_string();
         self.kubectl(&["apply", "--server-side", "-f", &crds], "")?;
-        let mut objects = String::new();
-        for namespace in [SYSTEM, POD_NAMESPACE] {
-            writeln!(
-                objects,
-                "---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}}}"
-            )?;
-        }
+        let mut objects = namespace(SYSTEM);
         for account in ["istiod", "ztunnel"] {
             objects.push_str(&service_account(SYSTEM, account));
         }
@@ -156,6 +153,26 @@ impl Cluster {
         }
     }
 
+    /// Asks istiod to leave, as a rollout does, and waits until it has.
+    pub fn stop_istiod(&mut self) -> Result<()> {
+        match self.istiod.take() {
+            Some(mut running) => {
+                running.signal(Signal::SIGTERM)?;
+                running.wait_exit(PATIENCE).map(drop)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The API server answers nobody until [`Cluster::thaw_apiserver`].
+    pub fn freeze_apiserver(&self) -> Result<()> {
+        self.apiserver.signal(Signal::SIGSTOP)
+    }
+
+    pub fn thaw_apiserver(&self) -> Result<()> {
+        self.apiserver.signal(Signal::SIGCONT)
+    }
+
     /// What `istio-ca-root-cert` holds.
     fn root(&self) -> Result<String> {
         let path = "jsonpath={.data.root-cert\\.pem}";
@@ -183,7 +200,7 @@ impl Cluster {
     }
 
     /// Writes a pod as its kubelet would: the object, then its status.
-    pub fn apply_pod(&self, yaml: &str) -> Result<()> {
+    fn apply_pod(&self, yaml: &str) -> Result<()> {
         self.apply(yaml)?;
         let args = [
             "apply",
@@ -213,63 +230,95 @@ impl Cluster {
         finish(Some(netns), &mut command)
     }
 
-    /// Nodes, accounts and pods of the topology, the node proxies' included.
+    /// The topology's nodes, and the pod of each node's proxy.
     pub fn populate(&self, topology: &Topology) -> Result<()> {
-        let mut objects = String::new();
+        let (mut nodes, mut proxies) = (String::new(), String::new());
         for node in topology.nodes() {
             let (name, zone) = (&node.name, &node.name);
             writeln!(
-                objects,
+                nodes,
                 "---\napiVersion: v1\nkind: Node\nmetadata: {{name: {name}, labels: \
                  {{topology.kubernetes.io/region: r1, topology.kubernetes.io/zone: zone-{zone}}}}}"
             )?;
-        }
-        for pod in topology.pods() {
-            objects.push_str(&service_account(&pod.namespace, &pod.service_account));
-        }
-        self.apply(&objects)?;
-        let mut pods = String::new();
-        for node in topology.nodes() {
-            let name = proxy_of(&node.name);
-            let ips = [node.v4.to_string()];
-            pods.push_str(&pod_object(
-                &name,
+            proxies.push_str(&pod_object(
+                &proxy_of(&node.name),
                 SYSTEM,
                 &node.name,
                 "ztunnel",
-                &ips,
+                &[node.v4.to_string()],
                 "app: ztunnel",
                 "",
             ));
         }
-        for pod in topology.pods() {
-            pods.push_str(&pod_of(pod));
+        self.apply(&nodes)?;
+        self.apply_pod(&proxies)
+    }
+
+    /// Pods with their namespaces and accounts, running and ready.
+    pub fn add(&self, pods: &[(&Pod, Enrolled)]) -> Result<()> {
+        let (mut namespaces, mut accounts) = (BTreeSet::new(), String::new());
+        let mut objects = String::new();
+        for (pod, enrolled) in pods {
+            namespaces.insert(namespace(&pod.namespace));
+            accounts.push_str(&service_account(&pod.namespace, &pod.service_account));
+            objects.push_str(&pod_of(pod, *enrolled));
         }
-        self.apply_pod(&pods)
+        let around: String = namespaces.into_iter().chain([accounts]).collect();
+        self.apply(&around)?;
+        self.apply_pod(&objects)
+    }
+
+    /// A token of this node's proxy for an audience; `istio-ca` is the one that istiod accepts.
+    pub fn token(&self, node: &str, audience: &str) -> Result<String> {
+        let (audience, pod) = (format!("--audience={audience}"), proxy_of(node));
+        let bound = format!("--bound-object-name={pod}");
+        let mut args = vec!["-n", SYSTEM, "create", "token", "ztunnel", &audience];
+        args.extend(["--bound-object-kind=Pod", &bound]);
+        let token = self.kubectl(&args, "")?;
+        Ok(token.trim().to_owned())
+    }
+
+    /// The same token as the API server would have signed it a day earlier: it has expired.
+    pub fn expired(&self, token: &str) -> Result<String> {
+        let mut parts = token.split('.');
+        let (head, claims) = parts.next().zip(parts.next()).context("no token")?;
+        let padding = "=".repeat((4 - claims.len() % 4) % 4);
+        let decode = ["-d", "--base64url"];
+        let claims = output(None, "basenc", &decode, &format!("{claims}{padding}"))?;
+        let mut claims: serde_json::Value = serde_json::from_str(&claims)?;
+        for claim in ["iat", "nbf", "exp"] {
+            let time = claims.get_mut(claim).context("a claim")?;
+            *time = (time.as_i64().context("a time")? - DAY_SECONDS).into();
+        }
+        let encode = ["-w0", "--base64url"];
+        let claims = output(None, "basenc", &encode, &claims.to_string())?;
+        let signed = format!("{head}.{}", claims.trim_end_matches('='));
+        let signature = self.directory.join("signature").display().to_string();
+        let key = self.directory.join("sa.key").display().to_string();
+        let sign = ["dgst", "-sha256", "-sign", &key, "-out", &signature];
+        output(None, "openssl", &sign, &signed)?;
+        let signature = output(None, "basenc", &["-w0", "--base64url", &signature], "")?;
+        Ok(format!("{signed}.{}", signature.trim_end_matches('=')))
+    }
+
+    /// Gives the process of a node another token, as a kubelet does: the file is replaced.
+    pub fn replace_token(&self, node: &str, token: &str) -> Result<()> {
+        let file = self.token_file(node);
+        let new = file.with_extension("new");
+        fs::write(&new, token)?;
+        fs::rename(&new, &file).with_context(|| format!("replace {}", file.display()))
+    }
+
+    fn token_file(&self, node: &str) -> PathBuf {
+        self.directory.join(format!("{node}.token"))
     }
 
     /// What the node process of this node is told; writes its token and the mesh's root.
     pub fn environment(&self, topology: &Topology, node: &str) -> Result<Vec<(String, String)>> {
         let proxy = proxy_of(node);
-        let token = self.kubectl(
-            &[
-                "-n",
-                SYSTEM,
-                "create",
-                "token",
-                "ztunnel",
-                "--audience",
-                "istio-ca",
-                "--bound-object-kind",
-                "Pod",
-                "--bound-object-name",
-                &proxy,
-            ],
-            "",
-        )?;
-        let token_file = self.directory.join(format!("{node}.token"));
+        self.replace_token(node, &self.token(node, "istio-ca")?)?;
+        let token_file = self.token_file(node);
         let root_file = self.directory.join("root-cert.pem");
-        fs::write(&token_file, token.trim())?;
         fs::write(&root_file, self.root()?)?;
         let address = format!("https://{}:15012", self.address);
         let (token, root) = (
@@ -337,11 +386,21 @@ fn start_apiserver(
     Running::start_with_file("kube-apiserver", Some(netns), command, &log)
 }
 
-/// A pod of the topology as an object, enrolled and ready.
-#[must_use]
-pub fn pod_of(pod: &Pod) -> String {
+/// Whether a node agent has enrolled a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enrolled {
+    Yes,
+    No,
+}
+
+/// A pod as an object, running and ready.
+fn pod_of(pod: &Pod, enrolled: Enrolled) -> String {
     let ips = [pod.v4.to_string(), pod.v6.to_string()];
     let labels = format!("app: {}", pod.name);
+    let annotation = match enrolled {
+        Enrolled::Yes => "ambient.istio.io/redirection: enabled",
+        Enrolled::No => "",
+    };
     pod_object(
         &pod.name,
         &pod.namespace,
@@ -349,7 +408,7 @@ pub fn pod_of(pod: &Pod) -> String {
         &pod.service_account,
         &ips,
         &labels,
-        "ambient.istio.io/redirection: enabled",
+        annotation,
     )
 }
 
@@ -376,6 +435,10 @@ fn pod_object(
          conditions: [{{type: Ready, status: \"True\"}}]}}\n",
         list.join(", ")
     )
+}
+
+fn namespace(name: &str) -> String {
+    format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n")
 }
 
 fn service_account(namespace: &str, name: &str) -> String {
@@ -405,4 +468,6 @@ fn tools() -> Result<PathBuf> {
 const SYSTEM: &str = "istio-system";
 const CLUSTER_ID: &str = "Kubernetes";
 const SERVICE: &str = "istiod.istio-system.svc";
-const PATIENCE: Duration = Duration::from_secs(60);
+const DAY_SECONDS: i64 = 24 * 60 * 60;
+/// Programs of this size start slowly on a machine that does much else.
+const PATIENCE: Duration = Duration::from_secs(120);
