@@ -403,7 +403,9 @@ fn dialling_the_proxys_own_ports_ends_without_a_loop() -> Result<()> {
             dials += 1.0;
         }
     }
-    // From outside, in plaintext: the ports belong to the proxy and are nobody's application.
+    // From outside, in plaintext: the ports belong to the proxy and are nobody's application, even if one
+    // listens there.
+    let _app = Server::start(&server.netns, 15080, apps::echo)?;
     for port in [15001, 15006, 15080] {
         let fate = knock(&mesh.net("b")?.netns, server.at(port), b"hello", PATIENCE)?;
         ensure!(is_refused(&fate), "from outside to {port}: {fate:?}");

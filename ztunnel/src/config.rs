@@ -17,7 +17,7 @@ mod cores;
 mod known;
 
 use crate::control::XdsParams;
-use crate::model::KeyExchange;
+use crate::model::{KeyExchange, ProbeSource};
 use crate::rpc;
 use control_plane::ProxyConfig;
 use cores::Cores;
@@ -483,13 +483,22 @@ fn refuse(env: &Env) -> Result<(), Error> {
 fn probe_addresses(env: &Env) -> Result<Vec<IpAddr>, Error> {
     let (four, six) = ("HOST_PROBE_SNAT_IP", "HOST_PROBE_SNAT_IPV6");
     let mut addresses = Vec::new();
+    let mut add = |name: &'static str, address: IpAddr| {
+        let address = address.to_canonical();
+        if !ProbeSource::can_be(address) {
+            let why = "nobody asks a pod from there";
+            return Err(refused(name, env.text(name), why.into()));
+        }
+        addresses.push(address);
+        Ok(())
+    };
     if !env.text(four).is_empty() {
         let address = env.parse(four, Ipv4Addr::UNSPECIFIED, "an IPv4 address")?;
-        addresses.push(IpAddr::V4(address));
+        add(four, address.into())?;
     }
     if !env.text(six).is_empty() {
         let address = env.parse(six, Ipv6Addr::UNSPECIFIED, "an IPv6 address")?;
-        addresses.push(IpAddr::V6(address));
+        add(six, address.into())?;
     }
     Ok(addresses)
 }

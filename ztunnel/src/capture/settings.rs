@@ -57,9 +57,20 @@ pub enum PlaintextVerdict {
 impl PodSettings {
     /// Whether anything is not to be captured.
     pub(super) fn excludes_anything(&self) -> bool {
-        !(self.excluded_outbound_ports.is_empty()
-            && self.excluded_outbound_cidrs.is_empty()
-            && self.excluded_inbound_ports.is_empty())
+        let Self {
+            addresses: _,
+            plaintext: _,
+            excluded_outbound_ports,
+            excluded_outbound_cidrs,
+            excluded_inbound_ports,
+            excluded_inbound_cidrs,
+            judged_sources: _,
+            dns: _,
+        } = self;
+        !(excluded_outbound_ports.is_empty()
+            && excluded_outbound_cidrs.is_empty()
+            && excluded_inbound_ports.is_empty()
+            && excluded_inbound_cidrs.is_empty())
     }
 
     /// The pod's own addresses in canonical form.
@@ -131,7 +142,7 @@ impl PodSettings {
         // The longest prefix counts: whoever is in an excluded network would be judged all the same.
         let is_excluded = |source: &IpAddr| {
             let mut networks = self.excluded_inbound_cidrs.iter();
-            networks.any(|network| network.contains(source))
+            networks.any(|network| holds(network, *source))
         };
         let judges = self.judged_sources.iter();
         let judges = judges.filter(|source| !is_excluded(source));
@@ -159,6 +170,14 @@ impl PodSettings {
             *slot = address(*own);
         }
         Ok(slots)
+    }
+}
+
+/// Whether a network holds an address as the kernel side sees both: one of IPv6 may hold IPv4.
+fn holds(network: &IpNet, address: IpAddr) -> bool {
+    match (network, address) {
+        (IpNet::V6(network), IpAddr::V4(address)) => network.contains(&address.to_ipv6_mapped()),
+        _ => network.contains(&address),
     }
 }
 

@@ -45,6 +45,17 @@ fn a_node_is_told_the_addresses_of_its_probes() {
     assert_eq!(config(&told[..1]).unwrap().probe_addresses, both[..1]);
     let empty = config(&[("HOST_PROBE_SNAT_IP", "")]).unwrap();
     assert!(empty.probe_addresses.is_empty());
+    for (name, none) in [
+        ("HOST_PROBE_SNAT_IP", "0.0.0.0"),
+        ("HOST_PROBE_SNAT_IP", "127.0.0.1"),
+        ("HOST_PROBE_SNAT_IPV6", "::ffff:127.0.0.1"),
+    ] {
+        let refused = config(&[(name, none)]).unwrap_err().to_string();
+        assert!(
+            refused.contains(name) && refused.contains(none),
+            "{refused}"
+        );
+    }
 }
 
 #[test]

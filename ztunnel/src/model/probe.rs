@@ -11,3 +11,11 @@ pub struct ProbeSource {
     /// At which ports of the pod it may be asked.
     pub ports: Vec<u16>,
 }
+
+impl ProbeSource {
+    /// Whether a connection can come from an address, in canonical form, to a pod.
+    #[must_use]
+    pub const fn can_be(address: IpAddr) -> bool {
+        !(address.is_unspecified() || address.is_loopback() || address.is_multicast())
+    }
+}

@@ -446,9 +446,9 @@ impl FilePod {
 
 impl FileProbe {
     fn into_probe(self) -> Result<ProbeSource, KeyFault> {
-        let address = self.address.0;
+        let address = self.address.0.to_canonical();
         let fault = |what: String| Err(("probeSources", what));
-        if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+        if !ProbeSource::can_be(address) {
             return fault(format!("nobody asks a pod from {address}"));
         }
         if self.ports.is_empty() {
