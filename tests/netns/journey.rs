@@ -8,6 +8,8 @@ use ztunnel_tests::{
     inspect,
     meshfile::MeshFile,
     netns::Netns,
+    peer::{self, Client, Identity},
+    process::output,
     programs::{Nginx, curl},
     topology::{Builder, Topology},
     wait,
@@ -376,6 +378,67 @@ fn what_the_mesh_cannot_reach_is_refused_with_its_reason() -> Result<()> {
     Ok(())
 }
 
+// As of another device, or of a pod that has just moved.
+#[test]
+fn an_address_that_the_mesh_does_not_know_is_served_without_a_loop() -> Result<()> {
+    let two = Topology::builder().pod("outside", "a").pod("server", "b");
+    let mesh = Mesh::start(two, |topology| MeshFile::of(topology).without("outside"))?;
+    let (outside, server) = (mesh.pod("outside")?, mesh.pod("server")?);
+    let identity = Identity::signed(&mesh.topology, &outside.spiffe_id())?;
+    let app = Server::start(&server.netns, 9000, apps::echo)?;
+    let before = Before::of(&mesh.b)?;
+    let mut dials = 0.0;
+    let vias = [IpAddr::from(mesh.net("b")?.v4), mesh.net("b")?.v6.into()];
+    for (own, via) in ["10.99.0.7", "fd99::7"].into_iter().zip(vias) {
+        let family = if via.is_ipv4() { "-4" } else { "-6" };
+        let ip = |netns: &Netns, args: &[&str]| {
+            output(Some(netns), "ip", &[&[family], args].concat(), "").map(drop)
+        };
+        ip(&server.netns, &["address", "add", own, "dev", "eth0"])?;
+        ip(
+            &mesh.net("a")?.netns,
+            &["route", "add", own, "via", &via.to_string()],
+        )?;
+        ip(
+            &mesh.net("b")?.netns,
+            &["route", "add", own, "dev", "p-server"],
+        )?;
+        let to = SocketAddr::new(own.parse()?, 9000);
+        let hbone = SocketAddr::new(to.ip(), HBONE);
+        let mut tunnel = wait::until("the address to be there", PATIENCE, || {
+            Client::connect(&outside.netns, hbone, &identity).ok()
+        })?;
+        tunnel.ask(1, &to.to_string())?;
+        tunnel.wait(peer::HEADERS)?;
+        tunnel.data(1, b"by HBONE")?;
+        ensure!(tunnel.wait(peer::DATA)?.payload == b"by HBONE");
+        assert_echo(&outside.netns, to).context("plaintext from outside")?;
+        dials += 2.0;
+        let peers: Vec<_> = app.seen().iter().map(|seen| seen.peer.ip()).collect();
+        ensure!(peers.ends_with(&[to.ip(); 2]), "{peers:?}");
+    }
+    for own in ["10.99.0.8", "fd99::8"] {
+        output(
+            Some(&server.netns),
+            "ip",
+            &["address", "add", own, "dev", "lo"],
+            "",
+        )?;
+    }
+    // From the pod itself.
+    for own in ["10.99.0.7", "10.99.0.8"] {
+        assert_echo(&server.netns, SocketAddr::new(own.parse()?, 9000))?;
+    }
+    for own in ["fd99::7", "fd99::8"] {
+        assert_refused(&server.netns, SocketAddr::new(own.parse()?, 9000))?;
+        dials += 1.0;
+    }
+    before.wait_gain("ztunnel_connections_total", &[("reason", "self_call")], 2.0)?;
+    let opened = before.gained("ztunnel_connections_opened_total", &[])?;
+    ensure!(opened <= 2.0 * dials, "{opened} of {dials} dials");
+    Ok(())
+}
+
 // 62, 82, 96.
 #[test]
 fn dialling_the_proxys_own_ports_ends_without_a_loop() -> Result<()> {
@@ -578,7 +641,7 @@ fn relayed_sockets_have_keepalive_and_follow_the_setting() -> Result<()> {
     let mut stream = apps::dial(&client.netns, server.at(9000))?;
     crate::mesh::assert_alive(&mut stream)?;
     let alive = |node: &Node, netns: &Netns| -> Result<usize> {
-        let text = ztunnel_tests::process::output(Some(netns), "ss", &["-tnpoH"], "")?;
+        let text = output(Some(netns), "ss", &["-tnpoH"], "")?;
         let ours = format!("pid={},", node.pid());
         let mut ours = text.lines().filter(|line| line.contains(&ours)).peekable();
         ensure!(

@@ -75,6 +75,11 @@ async fn open<'a>(
     if direct || asked.ip().is_loopback() || asked.ip().is_unspecified() {
         return Err(Failure::SelfCall);
     }
+    // PROTOCOL.md#untold-address
+    // The pod dials an address of its own that nobody has told us of, and so would we.
+    if client.ip() == asked.ip() {
+        return Err(Failure::SelfCall);
+    }
     let source = cx.workload().await.ok_or(Failure::UnknownWorkload)?;
     if source.ips.contains(&asked.ip()) {
         return Err(Failure::SelfCall);

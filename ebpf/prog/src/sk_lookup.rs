@@ -75,16 +75,21 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> u32 {
 
 #[inline(always)]
 fn verdict(ctx: &SkLookupContext, rules: &InboundRules) -> LookupVerdict {
-    let local = local_address(ctx.lookup);
+    let (local, remote) = (local_address(ctx.lookup), remote_address(ctx.lookup));
     // SAFETY: a context read, as above.
     let interface = unsafe { addr_of!((*ctx.lookup).ingress_ifindex).read_volatile() };
     if interface == LOOPBACK_IFINDEX {
         if local.is_loopback() || holds_address(&rules.addresses, &local) {
             return LookupVerdict::InsidePod;
         }
+        // PROTOCOL.md#untold-address
+        // Of IPv6 the answer may come from another device, and would not find a captured socket.
+        if local == remote && local.is_v4() {
+            return LookupVerdict::InsidePod;
+        }
         // PROTOCOL.md#loop-refused
         // Whoever captured it, its peer could never answer it; and it may be our own dial.
-        if remote_address(ctx.lookup).is_loopback() {
+        if remote.is_loopback() {
             return LookupVerdict::LoopRefused;
         }
         return assign(
@@ -98,8 +103,8 @@ fn verdict(ctx: &SkLookupContext, rules: &InboundRules) -> LookupVerdict {
     // PROTOCOL.md#self-traffic-ifindex
     // What a pod sends to its own address loops over `lo` but shows the device of that address.
     // From outside the kernel lets no such source in (IPv4), or its answer stays here (IPv6).
-    let remote = remote_address(ctx.lookup);
-    if holds_address(&rules.addresses, &remote) {
+    // PROTOCOL.md#untold-address
+    if local == remote || holds_address(&rules.addresses, &remote) {
         return LookupVerdict::InsidePod;
     }
     let port = local_port(ctx.lookup);
@@ -194,22 +199,36 @@ fn local_port(context: *mut bpf_sk_lookup) -> u16 {
 #[inline(always)]
 fn local_address(context: *mut bpf_sk_lookup) -> Address {
     // SAFETY: context reads, as above, one word each.
-    unsafe {
-        if addr_of!((*context).family).read_volatile() == AF_INET {
-            return Address::from_v4(addr_of!((*context).local_ip4).read_volatile());
-        }
-        words(addr_of!((*context).local_ip6).cast())
-    }
+    let (v4, v6) = unsafe {
+        (
+            addr_of!((*context).local_ip4).read_volatile(),
+            words(addr_of!((*context).local_ip6).cast()),
+        )
+    };
+    of_family(context, v4, v6)
 }
 
 #[inline(always)]
 fn remote_address(context: *mut bpf_sk_lookup) -> Address {
     // SAFETY: context reads, as above, one word each.
-    unsafe {
-        if addr_of!((*context).family).read_volatile() == AF_INET {
-            return Address::from_v4(addr_of!((*context).remote_ip4).read_volatile());
-        }
-        words(addr_of!((*context).remote_ip6).cast())
+    let (v4, v6) = unsafe {
+        (
+            addr_of!((*context).remote_ip4).read_volatile(),
+            words(addr_of!((*context).remote_ip6).cast()),
+        )
+    };
+    of_family(context, v4, v6)
+}
+
+/// Both were read, because of a read in either branch the compiler makes one whose offset the verifier
+/// does not know; of the other family the kernel gives zeroes.
+#[inline(always)]
+fn of_family(context: *mut bpf_sk_lookup, v4: u32, v6: Address) -> Address {
+    // SAFETY: a context read, as above.
+    if unsafe { addr_of!((*context).family).read_volatile() } == AF_INET {
+        Address::from_v4(v4)
+    } else {
+        v6
     }
 }
 

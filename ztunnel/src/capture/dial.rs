@@ -123,7 +123,7 @@ impl Dialer {
 
     /// A socket for a connection to the pod's application at `app`. The application sees `client` as
     /// its peer, unless that is unknown, of the other family, an address of the pod itself, or one
-    /// that the kernel does not let us use.
+    /// that the kernel does not let us use, or `app` is an address that the mesh does not know.
     /// The client keeps its address but not its port: it may be using the same pair itself.
     ///
     /// # Errors
@@ -138,7 +138,7 @@ impl Dialer {
             || client.is_unspecified()
             || client == app
             || self.addresses.contains(&client);
-        if inside || client.is_ipv4() != app.is_ipv4() {
+        if inside || client.is_ipv4() != app.is_ipv4() || self.is_untold(app) {
             return Ok(socket);
         }
         match self.stand_in(&socket, client) {
@@ -149,6 +149,15 @@ impl Dialer {
                 self.inner_socket(app)
             }
         }
+    }
+
+    /// Whether our programs know nothing of an address of the pod: somebody else's, on `lo`, they would
+    /// take for that of an outbound connection.
+    // PROTOCOL.md#untold-address
+    fn is_untold(&self, app: IpAddr) -> bool {
+        matches!(self.exempt, Exempt::ByTag(_))
+            && !app.is_loopback()
+            && !self.addresses.contains(&app)
     }
 
     /// A socket for a connection to the pod's application, as the pod itself.
